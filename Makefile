@@ -1,0 +1,49 @@
+# make quickstart   installs into .venv, trains, judges, reports
+# make test         installs what is missing, runs the fast tests (test-slow: the others)
+# make check        format, lint, types, generated files
+
+PYTHON ?= python3
+BIN := .venv/bin
+# Two test processes of one thread each use two cores better than one of two
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 -q
+
+.PHONY: quickstart install dev test test-slow check docs clean
+
+quickstart: install
+	$(BIN)/finetune train recipes/quickstart.yaml --overwrite
+
+install: .venv/installed
+dev: .venv/installed-dev
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or newer is needed; set PYTHON=/path/to/it" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+# torch first: the constraints pin it, and other packages then find it in place
+.venv/installed: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+test: dev
+	$(PYTEST) -m "not slow and not gpu"
+
+test-slow: dev
+	$(PYTEST) -m "slow and not gpu"
+
+check: dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/python -m finetune.recipe.docs --check
+
+docs: dev
+	$(BIN)/python -m finetune.recipe.docs
+
+clean:
+	rm -rf .venv runs dist build

@@ -1,0 +1,41 @@
+"""What went wrong, in words for the person who can mend it.
+
+Every class derives from `FinetuneError`, which the command line prints without a traceback (exit
+2), and from the builtin it refines, so that callers of the Python functions can catch what they
+expect.
+"""
+
+from collections.abc import Sequence
+
+
+class FinetuneError(Exception):
+    """Something the user can mend; the message says where, what was found, what was expected, what
+    to do.
+    """
+
+
+class RecipeError(FinetuneError, ValueError):
+    """The recipe cannot be read, or does not hold together."""
+
+
+class DataError(FinetuneError, ValueError):
+    """Rows or images that cannot be used."""
+
+
+class ModelError(FinetuneError, ValueError):
+    """The model folder or Hub id cannot be used."""
+
+
+class RunDirError(FinetuneError, OSError):
+    """The output folder is taken, full, unwritable or no run."""
+
+
+def summarise_problems(title: str, problems: Sequence[str], *, shown: int = 20) -> str:
+    """One message for many problems: the title with their number, then each on a line of its own,
+    `shown` at most.
+    """
+    count = f"{len(problems):,} problem" + ("" if len(problems) == 1 else "s")
+    lines = [f"{title}: {count}", *(f"  {problem}" for problem in problems[:shown])]
+    if len(problems) > shown:
+        lines.append(f"  ... and {len(problems) - shown:,} more")
+    return "\n".join(lines)

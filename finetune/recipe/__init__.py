@@ -1,0 +1,39 @@
+"""What the user wrote: one YAML file, checked as a whole.
+
+`schema` says what a recipe holds, `loading` reads and writes it, `messages` words what is wrong.
+"""
+
+from finetune.recipe.fields import FORMATS, METRICS, PARTS
+from finetune.recipe.files import recipes_dir, shipped_recipes
+from finetune.recipe.loading import dump_recipe, load_recipe, recipe_warnings
+from finetune.recipe.schema import (
+    AdapterSection,
+    DataSection,
+    DataSource,
+    EvaluationSection,
+    ImagesSection,
+    ModelSection,
+    OutputSection,
+    Recipe,
+    TrainingSection,
+)
+
+__all__ = [
+    "FORMATS",
+    "METRICS",
+    "PARTS",
+    "AdapterSection",
+    "DataSection",
+    "DataSource",
+    "EvaluationSection",
+    "ImagesSection",
+    "ModelSection",
+    "OutputSection",
+    "Recipe",
+    "TrainingSection",
+    "dump_recipe",
+    "load_recipe",
+    "recipe_warnings",
+    "recipes_dir",
+    "shipped_recipes",
+]

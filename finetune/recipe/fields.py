@@ -1,0 +1,146 @@
+"""What single values of a recipe may look like, and the slips of YAML 1.1 that are forgiven."""
+
+import re
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+from annotated_types import Ge, Gt, Lt
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Strict, Tag, WithJsonSchema
+
+from finetune.recipe.files import HUB_ID
+from finetune.recipe.messages import in_words
+
+Part = Literal["language", "connector", "vision"]
+Metric = Literal["exact_match", "anls"]
+Format = Literal["auto", "chat"]
+Tracker = Literal["tensorboard", "trackio", "wandb"]
+Scheduler = Literal[
+    "cosine",
+    "linear",
+    "constant",
+    "constant_with_warmup",
+    "cosine_with_restarts",
+    "polynomial",
+    "inverse_sqrt",
+]
+Optimizer = Literal[
+    "adamw_torch",
+    "adamw_torch_fused",
+    "adamw_bnb_8bit",
+    "paged_adamw_8bit",
+    "paged_adamw_32bit",
+    "adafactor",
+    "sgd",
+]
+
+PARTS: tuple[str, ...] = get_args(Part)
+METRICS: tuple[str, ...] = get_args(Metric)
+FORMATS: tuple[str, ...] = get_args(Format)
+
+# Every supported family cuts its pictures into patches of 14 pixels.
+PATCH_SIZE_PX = 14
+
+SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT])(i?)B", re.IGNORECASE)
+
+Item = TypeVar("Item")
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-4 as text, for want of a dot; nobody means that."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _off(value: Any) -> Any:
+    """YAML 1.1 reads a bare off as false, and nothing at all as null."""
+    return "off" if str(value).lower() in {"off", "none", "false"} else value
+
+
+def _auto_or_off(value: Any) -> Any:
+    return "auto" if value is True else _off(value)
+
+
+def _none(value: Any) -> Any:
+    return "none" if _off(value) == "off" else value
+
+
+def _size_or_off(value: Any) -> str:
+    value = _off(value)
+    if value == "off" or (isinstance(value, str) and num_bytes(value)):
+        return value
+    raise ValueError(f"expected off or a size such as 20GiB, found {in_words(value)}")
+
+
+def num_bytes(size: str) -> int:
+    """Bytes of a size such as 20GiB or 1.5 TB; 0 where it is none."""
+    match = SIZE.fullmatch(size.strip())
+    if not match:
+        return 0
+    number, prefix, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(prefix.upper()) + 1))
+
+
+def _printable(text: str) -> str:
+    if not text.strip() or not text.isprintable():
+        raise ValueError(f"expected a line of text, found {text!r}")
+    return text
+
+
+def _hub_id(text: str) -> str:
+    if not HUB_ID.fullmatch(text):
+        raise ValueError(f"expected a Hub id such as user/name, found {text!r}")
+    return text
+
+
+def _on_patch_grid(edge_px: int) -> int:
+    if edge_px % PATCH_SIZE_PX:
+        below = edge_px // PATCH_SIZE_PX * PATCH_SIZE_PX
+        use = f"{below} or {below + PATCH_SIZE_PX}" if below else f"{PATCH_SIZE_PX}"
+        raise ValueError(
+            f"{edge_px} is not a multiple of the patch size {PATCH_SIZE_PX}; use {use}"
+        )
+    return edge_px
+
+
+def _no_repeats(items: tuple[Item, ...]) -> tuple[Item, ...]:
+    if repeated := [str(item) for number, item in enumerate(items) if item in items[:number]]:
+        raise ValueError(f"{repeated[0]!r} is given twice; keep one")
+    return items
+
+
+def _or_empty(value: Any) -> Any:
+    """A heading with nothing under it, as when all its lines are commented out."""
+    return () if value is None else value
+
+
+PositiveNumber = Annotated[float, Gt(0), BeforeValidator(_number)]
+NonNegative = Annotated[float, Ge(0), BeforeValidator(_number)]
+Fraction = Annotated[float, Ge(0), Lt(1), BeforeValidator(_number)]
+Count = Annotated[int, Ge(1)]
+Edge = Annotated[
+    int,
+    Ge(1),
+    AfterValidator(_on_patch_grid),
+    WithJsonSchema({"type": "integer", "minimum": PATCH_SIZE_PX, "multipleOf": PATCH_SIZE_PX}),
+]
+Text = Annotated[str, AfterValidator(_printable)]
+HubId = Annotated[str, AfterValidator(_hub_id)]
+Seed = Annotated[int, Ge(0), Lt(2**32)]
+Quantize = Annotated[Literal["none", "nf4", "int8"], BeforeValidator(_none)]
+AutoOrOff = Annotated[Literal["auto", "off"], BeforeValidator(_auto_or_off)]
+SizeOrOff = Annotated[
+    str,
+    BeforeValidator(_size_or_off),
+    WithJsonSchema({"type": "string", "pattern": "^(off|[0-9.]+ ?[KMGTkmgt]i?[Bb])$"}),
+]
+# Strict tuples would refuse the lists that YAML has.
+Listed = Annotated[tuple[Item, ...], Strict(False), BeforeValidator(_or_empty)]
+Chosen = Annotated[Listed[Item], AfterValidator(_no_repeats)]
+LearningRate = Annotated[
+    Annotated[PositiveNumber, Tag("number")]
+    | Annotated[dict[Part, PositiveNumber], Tag("by_part")],
+    Discriminator(lambda value: "by_part" if isinstance(value, dict) else "number"),
+]

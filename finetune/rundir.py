@@ -1,0 +1,161 @@
+"""The run directory: where each thing stands, and how it is written whole or not at all."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import RunDirError
+
+
+class RunDir:
+    """Paths of one run, and the reading of its files; makes nothing by itself."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.recipe = self.path / "recipe.yaml"
+        self.environment = self.path / "environment.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.skipped = self.path / "skipped.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.adapter = self.path / "adapter"
+        self.evaluation = self.path / "evaluation"
+        self.predictions = self.evaluation / "predictions.jsonl"
+        self.thumbnails = self.evaluation / "images"
+        self.summary = self.path / "summary.json"
+        self.report = self.path / "report.html"
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest `checkpoint-STEP` that was written to its end, or None.
+
+        The trainer writes `trainer_state.json` last, so its presence means that the rest is there.
+        """
+        steps = {
+            int(path.name.rpartition("-")[2]): path
+            for path in self.checkpoints.glob("checkpoint-*")
+            if path.name.rpartition("-")[2].isdigit() and (path / "trainer_state.json").is_file()
+        }
+        return steps[max(steps)] if steps else None
+
+
+def check_run_dir(path: str | Path, *, resume: bool = False, overwrite: bool = False) -> RunDir:
+    """Whether a run may be written there; touches nothing.
+
+    A directory that holds anything is refused unless `resume` (it must hold a run) or `overwrite`
+    (the same, so that only a run is ever deleted). Raises `RunDirError`.
+    """
+    run = RunDir(path)
+    if run.path.exists() and not run.path.is_dir():
+        raise RunDirError(f"{path}: is a file; set output.dir to a folder")
+    taken = run.path.is_dir() and any(run.path.iterdir())
+    if resume and not run.recipe.is_file():
+        raise RunDirError(
+            f"{path}: nothing to resume: no recipe.yaml there; start without --resume"
+        )
+    if taken and not resume and not overwrite:
+        raise RunDirError(
+            f"{path}: already holds a run or other files; go on with it (--resume), replace it "
+            "(--overwrite), "
+            "or set output.dir to another folder"
+        )
+    if taken and overwrite and not run.recipe.is_file():
+        raise RunDirError(
+            f"{path}: holds files but no recipe.yaml, so it is no run and is not overwritten; "
+            "set output.dir to another folder"
+        )
+    return run
+
+
+def create_run_dir(path: str | Path, *, resume: bool = False, overwrite: bool = False) -> RunDir:
+    """The run directory, there and writable: kept as it is with `resume`, emptied with `overwrite`.
+
+    Raises `RunDirError`, also for what `check_run_dir` refuses.
+    """
+    run = check_run_dir(path, resume=resume, overwrite=overwrite)
+    try:
+        if overwrite and not resume and run.path.is_dir():
+            shutil.rmtree(run.path)
+        run.path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=run.path):
+            pass
+    except OSError as error:
+        raise RunDirError(
+            f"{path}: cannot be written to ({error.strerror}); set output.dir to a folder that can"
+        ) from error
+    return run
+
+
+def open_run_dir(path: str | Path) -> RunDir:
+    """An existing run. Raises `RunDirError` where there is none."""
+    run = RunDir(path)
+    if not run.path.is_dir():
+        raise RunDirError(
+            f"{path}: no such run directory; give the output.dir of a finished `finetune train`"
+        )
+    if not run.recipe.is_file():
+        raise RunDirError(f"{path}: is no run directory: recipe.yaml is missing")
+    return run
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place, file or folder, when the block ends
+    without an error.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        if path.is_dir():
+            shutil.rmtree(path)
+        temporary.replace(path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write one JSON document, indented, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write a line of JSON a row, whole or not at all."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_json(path: Path) -> Any:
+    """One JSON document. Raises `RunDirError` where it is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RunDirError(f"{path}: cannot be read ({error.strerror})") from error
+    except json.JSONDecodeError as error:
+        raise RunDirError(f"{path}:{error.lineno}: is not JSON: {error.msg}") from error
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file of ours; an empty list where there is no file. Raises `RunDirError`
+    where it is broken.
+    """
+    if not path.is_file():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise RunDirError(f"{path}:{number}: is not JSON: {error.msg}") from error
+    return rows
