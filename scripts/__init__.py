@@ -1,0 +1,1 @@
+"""Scripts that make what the package ships: the nano model and the datasets."""
