@@ -1,0 +1,1 @@
+"""From rows to batches: images, rendering, sources, the collator."""

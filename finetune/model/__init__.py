@@ -1,0 +1,1 @@
+"""The model: loading, adapters on named parts, generation."""

@@ -1,0 +1,54 @@
+"""Answers: greedy generation in batches that give what each row gives alone."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from finetune.data.collate import collate
+from finetune.data.examples import Example
+from finetune.families.family import Family
+
+
+def generate_answers(
+    model: Any,
+    processor: Any,
+    family: Family,
+    prompts: Sequence[Example],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    on_batch: Callable[[int], None] = lambda _num_rows: None,
+) -> list[str]:
+    """The model's answer to each prompt, in the order given; `on_batch` hears how many rows each
+    batch held.
+
+    Prompts of like length go together, padded on the left. An answer ends at the end of the text or
+    of the turn, and never holds an image token.
+    """
+    tokenizer = processor.tokenizer
+    end_ids = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(family.turn_end_token)]
+    image_ids = tokenizer.convert_tokens_to_ids(list(family.image_tokens))
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].input_ids))
+    answers = [""] * len(prompts)
+    model.eval()
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = collate([prompts[i] for i in chosen], processor, padding_side="left")
+        del batch["labels"]
+        inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        with torch.inference_mode():
+            output = model.generate(
+                **inputs,
+                do_sample=False,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=end_ids,
+                pad_token_id=tokenizer.pad_token_id,
+                bad_words_ids=[[token] for token in image_ids],
+            )
+        new_tokens = output[:, inputs["input_ids"].shape[1] :]
+        texts = tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
+        for i, text in zip(chosen, texts, strict=True):
+            answers[i] = text.strip()
+        on_batch(len(chosen))
+    return answers
