@@ -6,13 +6,15 @@ on that line, and from any line above it in this list; never from a line below.
 
     errors
     recipe.messages  recipe.syntax  recipe.files  recipe.fields  recipe.schema  recipe.loading
-    recipe.docs  rundir
-    data.images
-    families.family  families.idefics2
+    recipe.copying
+    recipe  recipe.docs  rundir
+    data  data.images
+    families.family  families.idefics2  families
     data.render
     data.sources  data.examples  data.collate
-    model.load  model.adapters  model.generate
-    metrics.text
+    model  model.load  model.adapters  model.generate
+    metrics.text  metrics
+    environment  tables
     charts  report
     callbacks  trainer
     judging  preparation

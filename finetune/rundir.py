@@ -80,13 +80,26 @@ def create_run_dir(path: str | Path, *, resume: bool = False, overwrite: bool = 
         if overwrite and not resume and run.path.is_dir():
             shutil.rmtree(run.path)
         run.path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=run.path):
-            pass
+        with tempfile.TemporaryFile(dir=run.path) as probe:
+            probe.write(b"0")
+            probe.flush()
     except OSError as error:
         raise RunDirError(
             f"{path}: cannot be written to ({error.strerror}); set output.dir to a folder that can"
         ) from error
     return run
+
+
+def check_free_space(run: RunDir, needed_bytes: int) -> None:
+    """Raise `RunDirError` where the disk under the run cannot take what the run will write."""
+    free_bytes = shutil.disk_usage(run.path).free
+    if free_bytes < needed_bytes:
+        raise RunDirError(
+            f"{run.path}: {free_bytes / 2**20:,.0f} MiB free, but checkpoints and adapter need "
+            "about "
+            f"{needed_bytes / 2**20:,.0f} MiB; make room, lower training.keep_checkpoints, or set "
+            "output.dir to another disk"
+        )
 
 
 def open_run_dir(path: str | Path) -> RunDir:
@@ -147,13 +160,17 @@ def read_json(path: Path) -> Any:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file of ours; an empty list where there is no file. Raises `RunDirError`
-    where it is broken.
+    """The rows of a JSONL file of ours; an empty list where there is no file.
+
+    A last line without its line feed was being written when the process was killed, and does not
+    count. Raises `RunDirError` where any other line is broken.
     """
     if not path.is_file():
         return []
+    # not splitlines(), which also breaks at U+2028 and others that answers may hold
+    *lines, _unfinished = path.read_text(encoding="utf-8").split("\n")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:

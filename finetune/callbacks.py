@@ -1,0 +1,147 @@
+"""What happens beside the training steps: the metrics file, the progress display, the stop on a
+signal.
+"""
+
+import json
+import signal
+import time
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+from finetune.rundir import RunDir, read_jsonl, write_jsonl
+
+
+class MetricsFile(TrainerCallback):
+    """Appends a line to metrics.jsonl at every log, with the seconds and samples since the run
+    began.
+
+    On resume, lines after the checkpoint's step are taken out, and the counts go on from the last
+    one kept.
+    """
+
+    def __init__(self, run: RunDir):
+        self.run = run
+        self.trainer: Any = None  # set once the trainer exists; it counts the samples
+        self._started = 0.0
+        self._last = {"seconds": 0.0, "samples": 0}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock, and drop what an interrupted run wrote past the checkpoint that this one
+        starts from.
+        """
+        kept = [line for line in read_jsonl(self.run.metrics) if line["step"] <= state.global_step]
+        write_jsonl(self.run.metrics, kept)
+        self._last = next((line for line in reversed(kept) if "samples" in line), self._last)
+        self.trainer.num_samples_seen = self._last["samples"]
+        self._started = time.perf_counter() - self._last["seconds"]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Log the last step whatever its number, so that the file ends where the training does."""
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """A line for a logging step (`loss`) or an evaluation (`eval_loss`); the closing summary is
+        not one.
+        """
+        if not state.is_world_process_zero or not logs or not {"loss", "eval_loss"} & logs.keys():
+            return
+        line = {"step": state.global_step, **logs}
+        if "loss" in logs:
+            seconds, samples = time.perf_counter() - self._started, self.trainer.num_samples_seen
+            elapsed = seconds - self._last["seconds"]
+            line |= {
+                "seconds": round(seconds, 3),
+                "samples": samples,
+                "samples_per_second": round((samples - self._last["samples"]) / elapsed, 3),
+            }
+            self._last = line
+        with self.run.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+class ProgressDisplay(TrainerCallback):
+    """A bar with the loss on a terminal; elsewhere a line a logging step, so that a log file stays
+    readable.
+    """
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.loss = float("nan")
+        self.bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.4f}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Show the bar."""
+        self.bar.start()
+        self.task = self.bar.add_task(
+            "", total=state.max_steps, completed=state.global_step, loss=self.loss
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move the bar."""
+        self.bar.update(self.task, completed=state.global_step, loss=self.loss)
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Take the loss into the bar, or print it."""
+        logs = logs or {}
+        self.loss = logs.get("loss", self.loss)
+        if self.console.is_terminal:
+            return
+        shown = {
+            "loss": "loss {:.4f}",
+            "learning_rate": "learning rate {:.2e}",
+            "eval_loss": "held-out loss {:.4f}",
+        }
+        words = [text.format(float(logs[key])) for key, text in shown.items() if key in logs]
+        if words:
+            self.console.print(f"step {state.global_step}/{state.max_steps}  {'  '.join(words)}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the bar standing."""
+        self.bar.stop()
+
+
+class StopOnSignal(TrainerCallback):
+    """SIGINT ends the run after the step at hand, with a checkpoint; a second one ends it at
+    once.
+    """
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.stopped = False
+        self._previous: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the signal over."""
+        self._previous = signal.signal(signal.SIGINT, self._on_signal)
+
+    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        self.stopped = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.console.print("stopping after this step and saving a checkpoint (again: stop at once)")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask the trainer for a checkpoint and the end."""
+        if self.stopped:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Give the signal back."""
+        signal.signal(signal.SIGINT, self._previous or signal.default_int_handler)

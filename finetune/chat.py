@@ -1,0 +1,36 @@
+"""`finetune chat`: one question about one or more images, answered by a run's adapter."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_formats.chat import Conversation, Image, Message, Text
+from finetune.data.examples import Encoder
+from finetune.data.sources import Row
+from finetune.model.adapters import load_adapter
+from finetune.model.generate import generate_answers
+from finetune.model.load import best_device, load_model, load_processor, quiet_libraries
+from finetune.recipe import load_recipe
+from finetune.rundir import open_run_dir
+
+
+def answer(path: str | Path, images: Sequence[Path], question: str) -> str:
+    """The adapter's answer, with the image settings and prompt of its training. Raises
+    `FinetuneError`.
+    """
+    quiet_libraries()
+    run = open_run_dir(path)
+    recipe = load_recipe(run.recipe, check_paths=False)
+    base, family = load_model(recipe.model)
+    model = load_adapter(base, run.adapter, recipe).to(best_device())
+    encoder = Encoder(load_processor(recipe.model, recipe.images), family, recipe.images)
+    content = (*(Image(str(image)) for image in images), Text(question))
+    conversation = Conversation((Message("user", content), Message("assistant", ())))
+    prompt = encoder.encode_prompt(Row("the question", conversation, Path.cwd()))
+    return generate_answers(
+        model,
+        encoder.processor,
+        family,
+        [prompt],
+        max_new_tokens=recipe.evaluation.max_new_tokens,
+        batch_size=1,
+    )[0]

@@ -1,0 +1,46 @@
+"""`finetune eval`: a finished run's figures again, on its own held-out rows."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from finetune.data.examples import Encoder
+from finetune.errors import DataError
+from finetune.judging import Judgement, judge
+from finetune.model.adapters import load_adapter
+from finetune.model.load import best_device, load_model, load_processor, quiet_libraries
+from finetune.preparation import prepare_rows
+from finetune.recipe import load_recipe
+from finetune.report import write_report
+from finetune.rundir import open_run_dir, read_json, write_json
+
+
+def evaluate(path: str | Path, *, console: Console | None = None) -> Judgement:
+    """Judge the adapter of a run against its base; `evaluation/`, `summary.json` and the report are
+    written anew.
+
+    Raises `FinetuneError`.
+    """
+    console = console or Console(stderr=True)
+    quiet_libraries()
+    run = open_run_dir(path)
+    recipe = load_recipe(run.recipe)
+    if not recipe.data.eval:
+        raise DataError(
+            f"{run.recipe}: data.eval is empty, so there is nothing to judge on; name held-out "
+            "rows there"
+        )
+    base, family = load_model(recipe.model)
+    model = load_adapter(base, run.adapter, recipe).to(best_device())
+    encoder = Encoder(load_processor(recipe.model, recipe.images), family, recipe.images)
+    held_out = prepare_rows(recipe.data.eval, recipe.data, encoder, console, "eval")
+    judgement = judge(model, encoder, held_out.rows, recipe.evaluation, run, console)
+    summary = read_json(run.summary) if run.summary.is_file() else {}
+    summary |= {
+        "base": judgement.base,
+        "adapter": judgement.adapter,
+        "num_eval_rows": judgement.num_rows,
+    }
+    write_json(run.summary, summary)
+    write_report(run)
+    return judgement

@@ -1,0 +1,87 @@
+"""What the verbs print on a terminal: tables for a person, from plain values."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from finetune.data.examples import RowCounts
+from finetune.recipe import Recipe
+from finetune.rundir import RunDir, read_json, read_jsonl
+
+
+def figures_table(title: str, base: Mapping[str, float], adapter: Mapping[str, float]) -> Table:
+    """Base, adapter and difference, a row a metric."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for who in ("base", "adapter", "difference"):
+        table.add_column(who, justify="right")
+    for metric, figure in adapter.items():
+        before = base[metric]
+        table.add_row(metric, f"{before:.3f}", f"{figure:.3f}", f"{figure - before:+.3f}")
+    return table
+
+
+def print_summary(run: RunDir, results: Console) -> None:
+    """The table at the end of a run, where its files are, and three commands to try next."""
+    summary = read_json(run.summary)
+    table = figures_table(str(run.path), summary["base"], summary["adapter"])
+    if not summary["adapter"]:
+        table.add_row("not judged: no data.eval", "", "", "")
+    table.add_section()
+    memory = "peak memory" + (" of the process" if summary["device"] == "cpu" else "")
+    for name, value in (
+        ("held-out rows", f"{summary['num_eval_rows']:,}"),
+        ("loss, first and last", f"{summary['first_loss']:.3f} -> {summary['last_loss']:.3f}"),
+        ("samples per second", f"{summary['samples_per_second']:.1f}"),
+        (memory, f"{summary['peak_memory_gib']:.2f} GiB"),
+    ):
+        table.add_row(name, "", value, "")
+    results.print(table)
+    results.print(f"report:  {run.report}\nadapter: {run.adapter}", soft_wrap=True, highlight=False)
+    asked = next((row for row in read_jsonl(run.predictions) if row.get("images")), None)
+    image = run.evaluation / asked["images"][0] if asked else "FILE"
+    question = asked["question"] if asked else "What is written?"
+    results.print(
+        f'\nnext:\n  finetune chat {run.path} --image {image} "{question}"\n'
+        f"  finetune eval {run.path}\n"
+        "  finetune recipes copy quickstart my-recipe.yaml",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def dry_run_table(recipe: Recipe, counts: Sequence[RowCounts], num_held_out: int) -> Table:
+    """What a dry run found. `counts` are those of the training rows."""
+    table = Table(title="dry run: nothing was written", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")  # a path is of no use with its end cut off
+    training = recipe.training
+    batches = math.ceil(len(counts) / training.batch_size)
+    per_epoch = math.ceil(batches / training.gradient_accumulation)
+    steps = training.max_steps or math.ceil((training.epochs or 1) * per_epoch)
+    longest = max(counts, key=lambda row: row.num_tokens)
+    for name, value in (
+        ("model", recipe.model.name),
+        ("train rows", f"{len(counts):,}"),
+        ("held-out rows", f"{num_held_out:,}"),
+        ("rows per step", f"{training.batch_size * training.gradient_accumulation:,} per device"),
+        ("steps", f"{steps:,} on one device"),
+        ("longest row", f"{longest.num_tokens:,} tokens, {longest.num_views} views"),
+        ("its place", longest.where),
+        ("run directory", recipe.output.dir),
+    ):
+        table.add_row(name, value)
+    return table
+
+
+def counts_in_words(counts: Sequence[RowCounts], num_skipped: int) -> str:
+    """One line on a set of rows."""
+    tokens = sum(row.num_tokens for row in counts)
+    learnt = sum(row.num_learnt_tokens for row in counts)
+    views = sum(row.num_views for row in counts)
+    return (
+        f"{len(counts):,} rows, {num_skipped:,} skipped; {tokens:,} tokens, "
+        f"{learnt:,} of them learnt ({learnt / max(tokens, 1):.0%}); {views:,} views"
+    )

@@ -1,0 +1,99 @@
+"""Answers and figures, against generation one row at a time and against the untouched base."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from data_formats.chat import parse_chat
+from finetune.data.examples import Encoder
+from finetune.data.sources import Row
+from finetune.families import FAMILIES
+from finetune.judging import judge
+from finetune.model.adapters import add_adapter
+from finetune.model.generate import generate_answers
+from finetune.recipe import AdapterSection, EvaluationSection
+from finetune.rundir import RunDir, read_jsonl
+from tests.conftest import chat_row
+
+QUESTIONS = [
+    "What is written?",
+    "Read line 1.",
+    "And?",
+    "What is the total of all of this, please?",
+]
+
+
+@pytest.fixture
+def rows(tmp_path: Path, picture: Any) -> list[Row]:
+    """Prompts of different lengths, with none, one and two pictures."""
+    rows = []
+    for i, question in enumerate(QUESTIONS):
+        files = [f"{i}-{k}.png" for k in range(i % 3)]
+        for k, file in enumerate(files):
+            picture(56 + 28 * k, 42 + 14 * i, seed=i).save(tmp_path / file)
+        row = parse_chat(chat_row(question, f"answer {i}", *files))
+        rows.append(Row(f"eval.jsonl:{i + 1}", row, tmp_path))
+    return rows
+
+
+def test_answers_of_a_batch_are_those_given_one_by_one(
+    nano_model: Any, encoder: Encoder, rows: list[Row]
+) -> None:
+    prompts = [encoder.encode_prompt(row) for row in rows]
+    together, alone = (
+        generate_answers(
+            nano_model,
+            encoder.processor,
+            encoder.family,
+            prompts,
+            max_new_tokens=8,
+            batch_size=batch_size,
+        )
+        for batch_size in (4, 1)
+    )
+    assert together == alone
+    assert len(set(alone)) > 1
+
+
+def test_the_base_answers_without_the_adapter_and_the_adapter_with_it(
+    nano_model: Any, encoder: Encoder, rows: list[Row], tmp_path: Path
+) -> None:
+    prompts = [encoder.encode_prompt(row) for row in rows]
+    options: dict[str, Any] = {"max_new_tokens": 8, "batch_size": 2}
+    untouched = generate_answers(nano_model, encoder.processor, encoder.family, prompts, **options)
+    adapted = add_adapter(nano_model, FAMILIES["idefics2"], AdapterSection(), "nano")
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:  # zeros, which would change nothing
+            torch.nn.init.normal_(parameter, std=0.3)
+    changed = generate_answers(adapted, encoder.processor, encoder.family, prompts, **options)
+    assert changed != untouched
+    run = RunDir(tmp_path / "run")
+    settings = EvaluationSection(**options)
+    judgement = judge(adapted, encoder, rows, settings, run, Console(quiet=True))
+    lines = read_jsonl(run.predictions)
+    assert [line["base"] for line in lines] == untouched
+    assert [line["adapter"] for line in lines] == changed
+    assert [line["question"] for line in lines] == QUESTIONS
+    assert [len(line["images"]) for line in lines] == [0, 1, 2, 0]
+    assert judgement.num_rows == 4
+
+
+def test_figures_are_means_over_the_rows_judged(
+    nano_model: Any,
+    encoder: Encoder,
+    rows: list[Row],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = {"base": ["answer 0", "x", "x"], "adapter": ["answer 0", "answer 1", "y"]}
+    answers = iter(given.values())
+    monkeypatch.setattr("finetune.judging._answer", lambda *_: next(answers))
+    adapted = add_adapter(nano_model, FAMILIES["idefics2"], AdapterSection(), "nano")
+    settings = EvaluationSection(metrics=("exact_match",), max_rows=3)
+    judgement = judge(adapted, encoder, rows, settings, RunDir(tmp_path), Console(quiet=True))
+    assert judgement.base == {"exact_match": pytest.approx(1 / 3)}
+    assert judgement.adapter == {"exact_match": pytest.approx(2 / 3)}
+    assert judgement.num_rows == 3

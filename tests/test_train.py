@@ -1,0 +1,454 @@
+"""`finetune train` and the verbs that read its run, end to end on a few steps."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.cli import main
+from finetune.errors import DataError, FinetuneError, ModelError, RecipeError, RunDirError
+from finetune.recipe import load_recipe
+from finetune.recipe.copying import copy_recipe
+from finetune.rundir import RunDir, read_jsonl, write_jsonl
+from finetune.train import train as train_recipe
+from tests.conftest import chat_row, write_dataset, write_rows
+
+FINETUNE = str(Path(sys.executable).parent / "finetune")
+
+
+def train(recipe: str, overrides: Sequence[str] = (), **options: Any) -> int:
+    return train_recipe(load_recipe(recipe, overrides), recipe, **options)
+
+
+def run_cli(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [FINETUNE, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDir, str]:
+    """A run by the command itself, and what it printed on standard output."""
+    folder = tmp_path_factory.mktemp("finished")
+    done = run_cli("train", write_dataset(folder))
+    assert done.returncode == 0, done.stderr
+    return RunDir(folder / "run"), done.stdout
+
+
+def test_a_run_leaves_the_whole_run_directory(finished: tuple[RunDir, str]) -> None:
+    run, _ = finished
+    left = {path.name for path in run.path.iterdir()}
+    assert left == {
+        "recipe.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "skipped.jsonl",
+        "checkpoints",
+        "adapter",
+        "evaluation",
+        "summary.json",
+        "report.html",
+    }
+    summary = json.loads(run.summary.read_text())
+    assert summary["num_eval_rows"] == 4
+    assert set(summary["base"]) == set(summary["adapter"]) == {"anls", "exact_match"}
+    for name in ("first_loss", "last_loss", "train_seconds", "samples_per_second"):
+        assert summary[name] > 0
+    assert 0.2 < summary["peak_memory_gib"] < 20
+    lines = read_jsonl(run.metrics)
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [2, 4]
+    predictions = read_jsonl(run.predictions)
+    assert [line["where"].rpartition("/")[2] for line in predictions] == [
+        f"eval.jsonl:{i}" for i in (1, 2, 3, 4)
+    ]
+    assert predictions[1]["references"] == ["A17"]
+    assert all((run.evaluation / image).is_file() for p in predictions for image in p["images"])
+    assert (run.adapter / "processor_config.json").is_file()
+
+
+def test_the_command_prints_one_table_and_what_to_try_next(finished: tuple[RunDir, str]) -> None:
+    _, printed = finished
+    for words in (
+        "exact_match",
+        "samples per second",
+        "peak memory",
+        "report.html",
+        "finetune chat",
+    ):
+        assert words in printed
+
+
+def test_the_adapter_works_in_plain_transformers_and_peft(
+    finished: tuple[RunDir, str], tmp_path: Path
+) -> None:
+    """Loaded and asked without this package, it gives the answers of the run's own evaluation."""
+    from finetune.model.load import model_location
+
+    run, _ = finished
+    script = Path(__file__).with_name("plain_inference.py")
+    done = subprocess.run(
+        [sys.executable, script, model_location("nano"), run.path, run.path.parent],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,  # outside the checkout
+    )
+    assert done.returncode == 0, done.stderr
+    answers = json.loads(done.stdout)
+    assert len(answers) == 4
+    assert all(plain == ours for plain, ours in answers), answers
+
+
+def test_eval_gives_the_figures_of_the_run_again(finished: tuple[RunDir, str]) -> None:
+    run, _ = finished
+    before = (json.loads(run.summary.read_text()), read_jsonl(run.predictions))
+    done = run_cli("eval", run.path, "--json")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert figures == {k: before[0][k] for k in ("base", "adapter", "num_eval_rows")}
+    assert read_jsonl(run.predictions) == before[1]
+
+
+def test_chat_gives_the_answer_of_the_evaluation(finished: tuple[RunDir, str]) -> None:
+    run, _ = finished
+    row = read_jsonl(run.predictions)[2]
+    done = run_cli("chat", run.path, row["question"], "--image", run.path.parent / "eval2.png")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == row["adapter"]
+
+
+def test_report_writes_the_page_again(finished: tuple[RunDir, str]) -> None:
+    run, _ = finished
+    run.report.unlink()
+    done = run_cli("report", run.path)
+    assert done.returncode == 0, done.stderr
+    assert run.report.is_file()
+
+
+def test_a_resumed_run_ends_as_the_unbroken_one(
+    dataset: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Killed after step 5 while the checkpoint of step 4 was written: steps 3 to 6 run again."""
+    recipe = dataset(adapter={"dropout": 0.2}, training={"max_steps": 6, "keep_checkpoints": 9})
+    train(str(recipe), [f"output.dir={tmp_path / 'unbroken'}"])
+    train(str(recipe))
+    broken, unbroken = RunDir(tmp_path / "run"), RunDir(tmp_path / "unbroken")
+    shutil.rmtree(broken.checkpoints / "checkpoint-6")
+    (broken.checkpoints / "checkpoint-4" / "trainer_state.json").unlink()
+    (broken.adapter / "adapter_model.safetensors").unlink()
+    write_jsonl(broken.metrics, [m for m in read_jsonl(broken.metrics) if m["step"] <= 5])
+    assert train(str(recipe), resume=True) == 0
+    assert_same_run(broken, unbroken)
+
+
+def test_a_run_that_was_killed_in_its_evaluation_is_not_trained_further(
+    dataset: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = dataset()
+    train(str(recipe), [f"output.dir={tmp_path / 'unbroken'}"])
+    train(str(recipe))
+    broken = RunDir(tmp_path / "run")
+    shutil.rmtree(broken.adapter)
+    broken.summary.unlink()
+    assert train(str(recipe), resume=True) == 0
+    assert_same_run(broken, RunDir(tmp_path / "unbroken"))
+
+
+def assert_same_run(ours: RunDir, theirs: RunDir) -> None:
+    file = "adapter_model.safetensors"
+    assert (ours.adapter / file).read_bytes() == (theirs.adapter / file).read_bytes()
+    keys = ("step", "loss", "eval_loss", "learning_rate", "grad_norm", "samples")
+    figures = [
+        [{k: line[k] for k in keys if k in line} for line in read_jsonl(run.metrics)]
+        for run in (ours, theirs)
+    ]
+    assert figures[0] == figures[1]
+    summaries = [json.loads(run.summary.read_text()) for run in (ours, theirs)]
+    for key in ("first_loss", "last_loss", "base", "adapter", "steps"):
+        assert summaries[0][key] == summaries[1][key]
+    assert summaries[0]["train_seconds"] > 0
+
+
+def test_resuming_with_another_recipe_is_refused_and_the_settings_named(
+    finished: tuple[RunDir, str],
+) -> None:
+    run, _ = finished
+    recipe = str(run.path.parent / "recipe.yaml")
+    with pytest.raises(RunDirError, match=r"adapter\.rank"):
+        train(recipe, ["adapter.rank=4"], resume=True)
+
+
+def test_an_interrupt_saves_a_checkpoint_and_says_how_to_go_on(
+    dataset: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = dataset(training={"max_steps": 3000, "save_steps": 1000, "num_workers": 1})
+    process = subprocess.Popen(
+        [FINETUNE, "train", str(recipe)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (metrics.is_file() and len(read_whole(metrics)) > 2):
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the loading process gets it, too
+    _, messages = process.communicate(timeout=60)
+    assert process.returncode == 130, messages
+    assert "--resume" in messages
+    checkpoint = RunDir(tmp_path / "run").last_checkpoint()
+    assert checkpoint is not None
+    assert int(checkpoint.name.rpartition("-")[2]) < 3000
+
+
+def read_whole(path: Path) -> list[str]:
+    return path.read_text().splitlines()
+
+
+def test_an_existing_run_is_refused_then_replaced(dataset: Callable[..., Path]) -> None:
+    recipe = dataset(num_eval=0, training={"max_steps": 1})
+    assert train(str(recipe)) == 0
+    with pytest.raises(RunDirError, match=r"--resume.*--overwrite"):
+        train(str(recipe))
+    assert train(str(recipe), overwrite=True) == 0
+
+
+def test_a_dry_run_writes_nothing(dataset: Callable[..., Path], tmp_path: Path) -> None:
+    done = run_cli("train", dataset(), "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"train rows +. 12 ", done.stdout)
+    assert re.search(r"steps +. 4 on one device", done.stdout)
+    assert not (tmp_path / "run").exists()
+
+
+def break_missing_image(folder: Path) -> None:
+    (folder / "train3.png").unlink()
+
+
+def break_truncated_image(folder: Path) -> None:
+    data = (folder / "train3.png").read_bytes()
+    (folder / "train3.png").write_bytes(data[: len(data) // 2])
+
+
+def break_json(folder: Path) -> None:
+    lines = (folder / "train.jsonl").read_text().splitlines()
+    lines[3] = lines[3][:-5]
+    (folder / "train.jsonl").write_text("\n".join(lines))
+
+
+def break_no_assistant(folder: Path) -> None:
+    lines = (folder / "train.jsonl").read_text().splitlines()
+    row = json.loads(lines[3])
+    lines[3] = json.dumps({"messages": row["messages"][:1]})
+    (folder / "train.jsonl").write_text("\n".join(lines))
+
+
+BAD_ROWS = {
+    "missing image": (break_missing_image, r"train\.jsonl:4: image 'train3\.png' not found"),
+    "truncated image": (break_truncated_image, r"train\.jsonl:4: image 'train3\.png' is cut short"),
+    "malformed JSON": (break_json, r"train\.jsonl:4: is not JSON: .* at column"),
+    "no assistant": (break_no_assistant, r"train\.jsonl:4: has no assistant turn"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_ROWS)
+def test_a_bad_row_stops_the_run_before_anything_is_written(
+    dataset: Callable[..., Path], tmp_path: Path, kind: str
+) -> None:
+    recipe = dataset()
+    break_it, message = BAD_ROWS[kind]
+    break_it(tmp_path)
+    with pytest.raises(DataError, match=message):
+        train(str(recipe))
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_rows_can_be_skipped_and_are_listed(
+    dataset: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = dataset(num_eval=0, training={"max_steps": 1})
+    for break_it in (break_missing_image, break_json):
+        break_it(tmp_path)
+    assert train(str(recipe), ["data.bad_rows=skip"]) == 0
+    run = RunDir(tmp_path / "run")
+    assert [row["where"].rpartition("/")[2] for row in read_jsonl(run.skipped)] == ["train.jsonl:4"]
+    summary = json.loads(run.summary.read_text())
+    assert (summary["num_train_rows"], summary["num_skipped_rows"]) == (11, 1)
+
+
+def test_an_overlong_row_is_never_cut(dataset: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = dataset(num_eval=0, training={"max_steps": 1})
+    rows = [chat_row("What?", "A1", "train0.png"), chat_row("What?", "A" * 500, "train1.png")]
+    write_rows(tmp_path / "train.jsonl", rows)
+    with pytest.raises(DataError, match=r"train\.jsonl:2: is too long \(\d+ > 200 tokens"):
+        train(str(recipe), ["data.max_tokens=200"])
+    assert train(str(recipe), ["data.max_tokens=200", "data.overlong=skip"]) == 0
+    assert len(read_jsonl(RunDir(tmp_path / "run").skipped)) == 1
+
+
+def test_a_dataset_with_no_rows_is_refused(dataset: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = dataset()
+    (tmp_path / "train.jsonl").write_text("\n\n")
+    with pytest.raises(DataError, match="holds no rows"):
+        train(str(recipe))
+
+
+def test_all_rows_bad_is_an_error_even_where_they_are_skipped(
+    dataset: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = dataset()
+    (tmp_path / "train.jsonl").write_text("{}\n{}\n")
+    with pytest.raises(DataError, match="no usable row is left"):
+        train(str(recipe), ["data.bad_rows=skip"])
+
+
+def test_a_model_folder_without_weights_is_refused_before_anything_is_written(
+    dataset: Callable[..., Path], tmp_path: Path
+) -> None:
+    from finetune.model.load import model_location
+
+    folder = tmp_path / "empty-model"
+    folder.mkdir()
+    for file in Path(model_location("nano")).iterdir():
+        if file.suffix != ".safetensors":
+            (folder / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(ModelError, match="weights"):
+        train(str(dataset()), [f"model.name={folder}"])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "model.quantize=nf4",
+        "adapter.method=full",
+        "training.packing=true",
+        "training.vision_cache=1GiB",
+        "data.overlong=drop_turns",
+        "data.train.0.weight=2",
+    ],
+)
+def test_a_setting_that_is_not_built_yet_is_refused_rather_than_ignored(
+    dataset: Callable[..., Path], setting: str
+) -> None:
+    with pytest.raises(RecipeError, match="not available in this version"):
+        train(str(dataset()), [setting])
+
+
+def test_a_tracker_that_is_not_installed_is_named_with_what_to_install(
+    dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetune.train.find_spec", lambda _name: None)
+    with pytest.raises(RecipeError, match=r"output\.trackers: wandb.*pip install wandb"):
+        train(str(dataset()), ["output.trackers=[wandb]"])
+
+
+@pytest.mark.parametrize("method", ["dora", "rslora"])
+def test_other_adapters_train_too_on_a_bfloat16_base(
+    dataset: Callable[..., Path], tmp_path: Path, method: str
+) -> None:
+    recipe = dataset(model={"dtype": "bfloat16"}, adapter={"method": method})
+    assert train(str(recipe), ["training.gradient_checkpointing=true"]) == 0
+    losses = [m["loss"] for m in read_jsonl(RunDir(tmp_path / "run").metrics) if "loss" in m]
+    assert losses[-1] < losses[0]
+
+
+def test_a_mistake_is_one_message_without_a_traceback(
+    dataset: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    recipe = dataset()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "train3.png").write_bytes(b"")
+    cases: list[tuple[list[str], str]] = [
+        (["train", str(tmp_path / "no.yaml")], "no.yaml"),
+        (["train", str(recipe), "adapter.rnk=4"], "did you mean 'rank'"),
+        (["train", str(recipe), "--resume"], "nothing to resume"),
+        (["train", str(recipe), "--resume", "--overwrite"], "exclude each other"),
+        (["train", str(recipe)], "train.jsonl:4: image 'train3.png' is an empty file"),
+        (["eval", str(tmp_path / "folder")], "recipe.yaml is missing"),
+        (["chat", str(tmp_path / "nowhere"), "What?"], "no such run directory"),
+        (["recipes", "show", "nowhere"], "no shipped recipe"),
+        (["recipes", "copy", "quickstart", str(recipe)], "is there already"),
+    ]
+    for arguments, words in cases:
+        monkeypatch.setattr(sys, "argv", ["finetune", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        printed = capfd.readouterr()
+        assert stop.value.code == 2, arguments
+        assert words in printed.err
+        assert "Traceback" not in printed.err
+        assert printed.out == ""
+
+
+def test_a_copied_recipe_runs_where_it_was_copied_to(tmp_path: Path) -> None:
+    written = copy_recipe("quickstart", tmp_path / "mine.yaml")
+    assert written == [tmp_path / "mine.yaml", tmp_path / "quickstart"]
+    first_line = written[0].read_text().splitlines()[0]
+    assert Path(first_line.partition("$schema=")[2]).is_file()
+    copied = load_recipe(written[0])
+    assert copied.data.train[0].path == str(tmp_path / "quickstart" / "train.jsonl")
+    with pytest.raises(RunDirError, match="is there already"):
+        copy_recipe("quickstart", tmp_path / "other.yaml")  # its data would be overwritten
+
+
+def test_a_typing_error_is_told_before_torch_is_imported(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.argv = ['finetune', 'train', 'quickstrat']\n"
+        "from finetune.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as stop:\n    print(stop.code, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "2 False"
+    assert "quickstart" in done.stderr
+
+
+@pytest.mark.parametrize("taken", ["a file", "another folder's files", "no permission"])
+def test_an_output_folder_that_cannot_be_used_is_refused(
+    dataset: Callable[..., Path], tmp_path: Path, taken: str
+) -> None:
+    recipe = dataset()
+    output = tmp_path / "out"
+    if taken == "a file":
+        output.write_text("")
+    elif taken == "another folder's files":
+        output.mkdir()
+        (output / "thesis.tex").write_text("years of work")
+    else:
+        output = Path("/proc/run")  # not even root may write there
+    overwrite = taken != "a file"
+    with pytest.raises(FinetuneError, match=r"output\.dir"):
+        train(str(recipe), [f"output.dir={output}"], overwrite=overwrite)
+    if taken == "another folder's files":
+        assert (output / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_disk_without_room_is_refused_before_the_run(
+    dataset: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=2**20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
+    with pytest.raises(RunDirError, match=r"1 MiB free.*need about \d+ MiB"):
+        train(str(dataset()))
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_gets_the_metrics(dataset: Callable[..., Path], tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    recipe = dataset(num_eval=0, training={"max_steps": 2}, output={"trackers": ["tensorboard"]})
+    assert train(str(recipe)) == 0
+    assert list((tmp_path / "run").rglob("events.out.tfevents.*"))

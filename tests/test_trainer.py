@@ -1,0 +1,85 @@
+"""The trainer itself, against the stock forward."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from finetune.data.collate import Collator, collate
+from finetune.model.adapters import add_adapter
+from finetune.model.load import load_model
+from finetune.recipe import load_recipe
+from finetune.rundir import RunDir
+from finetune.train import prepare
+from finetune.trainer import VisionSFTTrainer, training_arguments
+from tests.conftest import NANO
+
+
+@pytest.fixture
+def trainer(dataset: Callable[..., Path], tmp_path: Path) -> Callable[..., VisionSFTTrainer]:
+    """A trainer on the small dataset, with the recipe's `training` settings given."""
+
+    def make(**training: Any) -> VisionSFTTrainer:
+        recipe = load_recipe(dataset(adapter={"dropout": 0.0}, training=training))
+        prepared = prepare(recipe, Console(quiet=True))
+        model, family = load_model(recipe.model)
+        return VisionSFTTrainer(
+            add_adapter(model, family, recipe.adapter, "nano"),
+            training_arguments(recipe, RunDir(tmp_path / "run"), num_eval_rows=4),
+            Collator(prepared.encoder, [*prepared.train.rows, *prepared.held_out.rows]),
+            num_train_rows=len(prepared.train.rows),
+        )
+
+    return make
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(12, 1), (4, 3), (5, 3)])
+def test_the_logged_loss_is_the_mean_over_all_learnt_tokens(
+    trainer: Callable[..., VisionSFTTrainer], batch_size: int, accumulation: int
+) -> None:
+    """Whatever the split into batches: rows with long answers must not count less."""
+    ours = trainer(batch_size=batch_size, gradient_accumulation=accumulation, max_steps=1)
+    encoder, rows = ours.data_collator.encoder, ours.data_collator.rows[:12]  # type: ignore[union-attr]
+    model, _ = load_model(NANO)
+    batch = collate([encoder.encode(row) for row in rows], encoder.processor)
+    with torch.no_grad():
+        expected = model(**batch).loss  # a fresh adapter changes nothing
+    ours.train()
+    logged = next(line["loss"] for line in ours.state.log_history if "loss" in line)
+    assert logged == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_training_with_checkpointing_hooks_the_language_inputs_alone(
+    trainer: Callable[..., VisionSFTTrainer],
+) -> None:
+    """TRL, PEFT and transformers each ask for it on every embedding; all three are held off."""
+    ours = trainer(gradient_checkpointing=True, max_steps=1)
+    ours.train()
+    base = ours.model.get_base_model()  # type: ignore[union-attr, operator]
+    vision = base.model.vision_model
+    assert not [m for m in vision.modules() if "require" in str(m._forward_hooks.values())]
+    assert len(base.get_input_embeddings()._forward_hooks) == 1
+
+
+def test_frozen_weights_stay_as_they_were(trainer: Callable[..., VisionSFTTrainer]) -> None:
+    ours = trainer(learning_rate=0.05, max_steps=2, warmup_ratio=0)
+    before = {n: p.detach().clone() for n, p in ours.model.named_parameters()}  # type: ignore[union-attr]
+    ours.train()
+    changed = {n for n, p in ours.model.named_parameters() if not torch.equal(p, before[n])}  # type: ignore[union-attr]
+    assert changed
+    assert all("lora_" in name for name in changed)
+
+
+def test_two_trainings_with_one_seed_end_with_the_same_weights(
+    trainer: Callable[..., VisionSFTTrainer],
+) -> None:
+    ends = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        ours = trainer(max_steps=3)
+        ours.train()
+        ends.append({n: p for n, p in ours.model.named_parameters() if p.requires_grad})  # type: ignore[union-attr]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
