@@ -15,6 +15,7 @@ import random
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -131,21 +132,19 @@ def train(args: argparse.Namespace) -> None:
             group["lr"] = args.lr * lr_share(step, args.steps, args.decay_from)
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             losses = {}
+            # The library types these loosely: a tuple, or what the forward really gives
+            features: Any = model.get_image_features(pixel_inputs(batch))
+            latents = torch.stack(list(features.pooler_output))
             # Seeing is the bottleneck: until the decay, reading is practised every third step.
             if curriculum.reads and (step % 3 == 0 or step >= args.decay_from * args.steps):
                 inputs = language_inputs(batch, prompts)
                 labels = inputs.pop("labels")
-                features = model.get_image_features(pixel_inputs(batch))
-                latents = torch.stack(list(features.pooler_output))
                 output = model(**inputs, mm_encoder_outputs={"image": features}, use_cache=False)
                 losses["language"] = cross_entropy(
                     output.logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten()
                 )
-            else:
-                features = model.get_image_features(pixel_inputs(batch))
-                latents = torch.stack(list(features.pooler_output))
             losses["teacher"], accuracies = teacher(seen["vision"], latents, batch)
-            loss = sum(losses.values())
+            loss = torch.stack(list(losses.values())).sum()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -216,7 +215,7 @@ def log(line: str) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="Build and train nano, the embedded model.")
     package = Path(__file__).parent.parent / "finetune"
     parser.add_argument("--out", type=Path, default=package / "nano")
     parser.add_argument("--work", type=Path, default=Path("runs/make_nano"), help="state.pt")

@@ -95,7 +95,7 @@ def write_dataset(folder: Path, *, num_train: int, num_eval: int, seed: int) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="Draw the quickstart dataset.")
     default = Path(__file__).parent.parent / "recipes" / "quickstart"
     parser.add_argument("--out", type=Path, default=default)
     parser.add_argument("--num-train", type=int, default=400)

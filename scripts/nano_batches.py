@@ -4,11 +4,11 @@ import multiprocessing
 import os
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers import Idefics2Processor
 
 from scripts.drawing import CHARSET, MAX_CHARS, MAX_LINES, PATCH_PX, PlacedLine, Style, draw_label
 from scripts.nano_model import render_prompt
@@ -116,7 +116,7 @@ class Artist:
 class Prompts:
     """Prompt ids out of the real processor: it puts a space after the closing fake token."""
 
-    def __init__(self, processor: Idefics2Processor) -> None:
+    def __init__(self, processor: Any) -> None:
         self.processor = processor
         self.ids: dict[str, list[int]] = {}
 

@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -87,7 +88,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> Idefics2Processor:
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> Idefics2ForConditionalGeneration:
     config = Idefics2Config(
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_id=cast(int, tokenizer.convert_tokens_to_ids("<image>")),
         text_config={
             "model_type": "mistral",
             "vocab_size": len(tokenizer),
@@ -124,7 +125,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Idefics2ForConditionalGen
         tie_word_embeddings=False,
     )
     # On a CPU in bfloat16 the fused attention's backward alone took 43% of a step.
-    model = Idefics2ForConditionalGeneration._from_config(config, attn_implementation="eager")
+    model: Any = Idefics2ForConditionalGeneration._from_config(config, attn_implementation="eager")
     with torch.no_grad():
         # The library starts the latents as ones; all alike, they would stay alike.
         model.model.connector.perceiver_resampler.latents.normal_(0, 1.0)
@@ -155,7 +156,8 @@ def save(
     model: Idefics2ForConditionalGeneration, processor: Idefics2Processor, folder: Path
 ) -> None:
     """bfloat16 weights and the processor's files, laid out as on the Hub."""
-    rounded = Idefics2ForConditionalGeneration(model.config).to(torch.bfloat16)
+    rounded: Any = Idefics2ForConditionalGeneration(model.config)
+    rounded.to(torch.bfloat16)
     rounded.load_state_dict(model.state_dict())
     spread_unwritten_rows(rounded, processor.tokenizer)
     rounded.generation_config = model.generation_config
@@ -187,14 +189,16 @@ def spread_unwritten_rows(
     rows[unwritten] = (rows[unwritten].float() + size * noise).to(rows.dtype)
 
 
-def render_prompt(processor: Idefics2Processor, question: str) -> str:
+def render_prompt(processor: Any, question: str) -> str:
     content = [{"type": "image"}, {"type": "text", "text": question}]
     return processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True
     )
 
 
-def read(model, processor, pictures: list[Image.Image], questions: list[str]) -> list[str]:
+def read(
+    model: Any, processor: Any, pictures: list[Image.Image], questions: list[str]
+) -> list[str]:
     """Answers in words, through the processor and greedy `generate()`."""
     inputs = processor(
         text=[render_prompt(processor, question) for question in questions],

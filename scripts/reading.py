@@ -72,7 +72,7 @@ class Reading:
 
 def random_price(rng: random.Random) -> str:
     sign = rng.choice(("$", "$", ""))
-    whole = rng.randint(1, 10 ** rng.randint(1, 4))
+    whole = min(9999, rng.randint(1, 10 ** rng.randint(1, 4)))  # $10000.00 is a character too long
     return f"{sign}{whole}.{rng.randint(0, 99):02d}"
 
 

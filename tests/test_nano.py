@@ -2,14 +2,15 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from scripts.drawing import PATCH_PX, Style, draw_label
+from scripts.drawing import MAX_CHARS, PATCH_PX, Style, draw_label
 from scripts.nano_model import read
-from scripts.reading import random_code, random_date, random_price
+from scripts.reading import draw_reading, random_code, random_date, random_price
 
 NANO = Path(__file__).parent.parent / "finetune" / "nano"
 
@@ -25,7 +26,8 @@ def model():
 
 
 def test_nano_loads_with_nothing_missing_and_has_about_two_and_a_half_million_parameters() -> None:
-    model, info = AutoModelForImageTextToText.from_pretrained(NANO, output_loading_info=True)
+    auto: Any = AutoModelForImageTextToText  # typed as if it gave no loading info
+    model, info = auto.from_pretrained(NANO, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert model.dtype == torch.bfloat16
@@ -42,6 +44,17 @@ def test_the_tokenizer_puts_one_bos_first_and_reads_every_character_alone(proces
     assert ids[0] == tokenizer.bos_token_id
     assert tokenizer.convert_ids_to_tokens(ids[1:]) == list("JP8932")
     assert tokenizer.padding_side == "left"
+
+
+def test_no_text_is_longer_than_the_slots_that_teach_it() -> None:
+    class Highest(random.Random):
+        def randint(self, a: int, b: int) -> int:
+            return b
+
+    assert len(random_price(Highest(0))) <= MAX_CHARS
+    rng = random.Random(0)
+    readings = [draw_reading(rng, 3, MAX_CHARS) for _ in range(2000)]
+    assert max(len(line) for reading in readings for line in reading.lines) == MAX_CHARS
 
 
 def test_nano_reads_freshly_drawn_receipts(model, processor) -> None:
