@@ -5,7 +5,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # Two test processes of one thread each use two cores better than one of two
-PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 -q
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
 
 .PHONY: quickstart install dev test test-slow check docs clean
 
@@ -33,8 +33,9 @@ dev: .venv/installed-dev
 test: dev
 	$(PYTEST) -m "not slow and not gpu"
 
+# Whole trainings, one after the other: each uses both cores
 test-slow: dev
-	$(PYTEST) -m "slow and not gpu"
+	$(BIN)/python -m pytest -q -m "slow and not gpu"
 
 check: dev
 	$(BIN)/ruff format --check .

@@ -9,6 +9,7 @@ model's own rendering.
 learnt.
 """
 
+import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
@@ -64,8 +65,8 @@ class Conversation:
             yield from (part for part in message.content if isinstance(part, Image))
 
     def learns(self) -> bool:
-        """Whether any assistant message is there to be learnt."""
-        return any(message.role == "assistant" and message.train for message in self.messages)
+        """Whether any assistant message that says something is there to be learnt."""
+        return any(m.role == "assistant" and m.train and m.text.strip() for m in self.messages)
 
     def before_last_answer(self) -> "Conversation":
         """The prompt of the last assistant message: everything before it, as at inference."""
@@ -84,6 +85,12 @@ def parse_chat(row: Any) -> Conversation:
         raise FormatError(
             f"'messages' is missing (found {found}); a chat row has a list of messages"
         )
+    for key in ("image", "images"):
+        if row.get(key):
+            raise FormatError(
+                f"{key!r} stands beside 'messages'; put each image where it is shown, as a part "
+                '{"type": "image", "image": ...} of a message\'s content'
+            )
     messages = row["messages"]
     if not isinstance(messages, list) or not messages:
         raise FormatError(
@@ -116,6 +123,7 @@ def _message(value: Any, place: str) -> Message:
         raise FormatError(
             f"{place} must be an object with 'role' and 'content', found {_kind(value)}"
         )
+    _refuse_unknown(value, ("role", "content", "train"), place)
     role, train = value.get("role"), value.get("train", True)
     if role not in get_args(Role):
         raise FormatError(f"{place}.role is {role!r}; expected system, user or assistant")
@@ -141,12 +149,14 @@ def _part(value: Any, place: str) -> Text | Image:
         raise FormatError(f"{place} must be a text or image part, found {_kind(value)}")
     match value.get("type"):
         case "text":
+            _refuse_unknown(value, ("type", "text"), place)
             if not isinstance(value.get("text"), str):
                 raise FormatError(
                     f"{place}.text must be a string, found {_kind(value.get('text'))}"
                 )
             return Text(value["text"])
         case "image":
+            _refuse_unknown(value, ("type", "image"), place)
             if not isinstance(value.get("image"), str | bytes) or not value["image"]:
                 raise FormatError(
                     f"{place}.image must be a path, a data URI, a URL or bytes, found "
@@ -155,6 +165,18 @@ def _part(value: Any, place: str) -> Text | Image:
             return Image(value["image"])
         case other:
             raise FormatError(f"{place}.type is {other!r}; expected 'text' or 'image'")
+
+
+def _refuse_unknown(value: dict[str, Any], known: tuple[str, ...], place: str) -> None:
+    """A misspelt `train`, or an image given beside the content, would else be lost unseen.
+
+    Keys that hold nothing are let pass: tables written as JSON have every column in every row.
+    """
+    for key in value:
+        if key not in known and value[key] is not None:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; expected {', '.join(known)}"
+            raise FormatError(f"{place} has an unknown key {key!r}{hint}")
 
 
 def _kind(value: Any) -> str:

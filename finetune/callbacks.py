@@ -3,6 +3,7 @@ signal.
 """
 
 import json
+import math
 import signal
 import time
 from types import FrameType
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
+from finetune.errors import ModelError
 from finetune.rundir import RunDir, read_jsonl, write_jsonl
 
 
@@ -40,8 +42,11 @@ class MetricsFile(TrainerCallback):
         self._started = time.perf_counter() - self._last["seconds"]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Log the last step whatever its number, so that the file ends where the training does."""
-        if state.global_step >= state.max_steps:
+        """Log every step that a checkpoint or the end follows: what came since the last line would
+        otherwise be missing from the next one of a resumed run, or altogether.
+        """
+        saves = state.global_step % max(1, round(state.save_steps)) == 0
+        if saves or control.should_training_stop or state.global_step >= state.max_steps:
             control.should_log = True
 
     def on_log(
@@ -112,9 +117,24 @@ class ProgressDisplay(TrainerCallback):
         if words:
             self.console.print(f"step {state.global_step}/{state.max_steps}  {'  '.join(words)}")
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave the bar standing."""
+    def close(self) -> None:
+        """Leave the bar standing, and give the cursor back."""
         self.bar.stop()
+
+
+class StopOnDivergence(TrainerCallback):
+    """Ends a run whose loss is no number any more: the steps after it would train nothing."""
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Raise `ModelError`, naming the step and what helps."""
+        if not math.isfinite((logs or {}).get("loss", 0.0)):
+            raise ModelError(
+                f"the loss at step {state.global_step} is {(logs or {})['loss']}: training has "
+                "diverged; lower training.learning_rate, raise training.warmup_ratio, or set "
+                "model.dtype: float32, and start again with --overwrite"
+            )
 
 
 class StopOnSignal(TrainerCallback):
@@ -139,9 +159,10 @@ class StopOnSignal(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask the trainer for a checkpoint and the end."""
         if self.stopped:
+            control.should_log = True
             control.should_save = True
             control.should_training_stop = True
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def release(self) -> None:
         """Give the signal back."""
         signal.signal(signal.SIGINT, self._previous or signal.default_int_handler)

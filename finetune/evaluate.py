@@ -13,6 +13,7 @@ from finetune.preparation import prepare_rows
 from finetune.recipe import load_recipe
 from finetune.report import write_report
 from finetune.rundir import open_run_dir, read_json, write_json
+from finetune.tables import messages_console
 
 
 def evaluate(path: str | Path, *, console: Console | None = None) -> Judgement:
@@ -21,7 +22,7 @@ def evaluate(path: str | Path, *, console: Console | None = None) -> Judgement:
 
     Raises `FinetuneError`.
     """
-    console = console or Console(stderr=True)
+    console = console or messages_console()
     quiet_libraries()
     run = open_run_dir(path)
     recipe = load_recipe(run.recipe)

@@ -48,11 +48,8 @@ def prepare_rows(
             usable.append((row, result))
     fatal = [p for p in problems if _policy(p, data) != "skip"]
     if fatal:
-        hint = (
-            ""
-            if data.bad_rows == "skip"
-            else "\nMend them, or set data.bad_rows: skip to leave bad rows out"
-        )
+        bad = [p for p in fatal if not isinstance(p, Overlong)]
+        hint = "\nMend them, or set data.bad_rows: skip to leave bad rows out" if bad else ""
         raise DataError(
             summarise_problems(f"data.{what}", [str(problem) for problem in fatal]) + hint
         )

@@ -29,6 +29,16 @@ class RunDir:
         self.summary = self.path / "summary.json"
         self.report = self.path / "report.html"
 
+    def is_run(self) -> bool:
+        """Whether a run was begun here: a user's own folder may hold a recipe.yaml, too."""
+        return self.recipe.is_file() and self.environment.is_file()
+
+    def strangers(self) -> list[Path]:
+        """What stands in the folder and is no part of a run."""
+        known = {path for path in vars(self).values() if path != self.path}
+        entries = self.path.iterdir() if self.path.is_dir() else ()
+        return sorted(entry for entry in entries if entry not in known)
+
     def last_checkpoint(self) -> Path | None:
         """The newest `checkpoint-STEP` that was written to its end, or None.
 
@@ -45,60 +55,68 @@ class RunDir:
 def check_run_dir(path: str | Path, *, resume: bool = False, overwrite: bool = False) -> RunDir:
     """Whether a run may be written there; touches nothing.
 
-    A directory that holds anything is refused unless `resume` (it must hold a run) or `overwrite`
-    (the same, so that only a run is ever deleted). Raises `RunDirError`.
+    A directory that holds anything is refused unless `resume` or `overwrite` is given, and then
+    unless it holds a run, and for `overwrite` nothing else. Raises `RunDirError`.
     """
     run = RunDir(path)
     if run.path.exists() and not run.path.is_dir():
         raise RunDirError(f"{path}: is a file; set output.dir to a folder")
     taken = run.path.is_dir() and any(run.path.iterdir())
-    if resume and not run.recipe.is_file():
-        raise RunDirError(
-            f"{path}: nothing to resume: no recipe.yaml there; start without --resume"
-        )
+    if resume and not run.is_run():
+        raise RunDirError(f"{path}: nothing to resume: no run was begun there; omit --resume")
     if taken and not resume and not overwrite:
         raise RunDirError(
-            f"{path}: already holds a run or other files; go on with it (--resume), replace it "
-            "(--overwrite), "
-            "or set output.dir to another folder"
+            f"{path}: already holds a run or other files; go on with it (--resume), "
+            "replace it (--overwrite), or set output.dir to another folder"
         )
-    if taken and overwrite and not run.recipe.is_file():
+    if taken and overwrite and (not run.is_run() or run.strangers()):
+        found = ", ".join(entry.name for entry in run.strangers()[:3]) or "no run"
         raise RunDirError(
-            f"{path}: holds files but no recipe.yaml, so it is no run and is not overwritten; "
-            "set output.dir to another folder"
+            f"{path}: holds other things than a run ({found}) and is not overwritten; "
+            "move them away, or set output.dir to another folder"
         )
     return run
 
 
-def create_run_dir(path: str | Path, *, resume: bool = False, overwrite: bool = False) -> RunDir:
-    """The run directory, there and writable: kept as it is with `resume`, emptied with `overwrite`.
+def create_run_dir(
+    path: str | Path, *, resume: bool = False, overwrite: bool = False, needed_bytes: int = 0
+) -> RunDir:
+    """The run directory, writable and with room: kept as it is with `resume`, emptied with
+    `overwrite`, which happens last.
 
-    Raises `RunDirError`, also for what `check_run_dir` refuses.
+    `needed_bytes` is what the run will write. Raises `RunDirError`, also for what `check_run_dir`
+    refuses, and leaves nothing new behind.
     """
     run = check_run_dir(path, resume=resume, overwrite=overwrite)
+    was_there = run.path.is_dir()
     try:
-        if overwrite and not resume and run.path.is_dir():
-            shutil.rmtree(run.path)
         run.path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=run.path) as probe:
             probe.write(b"0")
             probe.flush()
+        _check_free_space(run, needed_bytes)
+        if overwrite and not resume:
+            for entry in run.path.iterdir():
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     except OSError as error:
+        if not was_there and run.path.is_dir():
+            run.path.rmdir()
+        if isinstance(error, RunDirError):
+            raise
         raise RunDirError(
             f"{path}: cannot be written to ({error.strerror}); set output.dir to a folder that can"
         ) from error
     return run
 
 
-def check_free_space(run: RunDir, needed_bytes: int) -> None:
+def _check_free_space(run: RunDir, needed_bytes: int) -> None:
     """Raise `RunDirError` where the disk under the run cannot take what the run will write."""
     free_bytes = shutil.disk_usage(run.path).free
     if free_bytes < needed_bytes:
         raise RunDirError(
             f"{run.path}: {free_bytes / 2**20:,.0f} MiB free, but checkpoints and adapter need "
-            "about "
-            f"{needed_bytes / 2**20:,.0f} MiB; make room, lower training.keep_checkpoints, or set "
-            "output.dir to another disk"
+            f"about {needed_bytes / 2**20:,.0f} MiB; make room, lower training.keep_checkpoints, "
+            "or set output.dir to another disk"
         )
 
 

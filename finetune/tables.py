@@ -1,19 +1,35 @@
 """What the verbs print on a terminal: tables for a person, from plain values."""
 
 import math
+import shlex
+import shutil
+import sys
 from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from finetune.data.examples import RowCounts
 from finetune.recipe import Recipe
 from finetune.rundir import RunDir, read_json, read_jsonl
 
 
+def results_console() -> Console:
+    """Standard output. Square brackets and colons stand for themselves: they come from users' data
+    and command lines.
+    """
+    return Console(markup=False, emoji=False, highlight=False)
+
+
+def messages_console() -> Console:
+    """Standard error, for progress and messages; the same holds."""
+    return Console(stderr=True, markup=False, emoji=False, highlight=False)
+
+
 def figures_table(title: str, base: Mapping[str, float], adapter: Mapping[str, float]) -> Table:
     """Base, adapter and difference, a row a metric."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")
     table.add_column("")
     for who in ("base", "adapter", "difference"):
         table.add_column(who, justify="right")
@@ -39,16 +55,19 @@ def print_summary(run: RunDir, results: Console) -> None:
     ):
         table.add_row(name, "", value, "")
     results.print(table)
-    results.print(f"report:  {run.report}\nadapter: {run.adapter}", soft_wrap=True, highlight=False)
+    results.print(f"report:  {run.report}\nadapter: {run.adapter}", soft_wrap=True)
     asked = next((row for row in read_jsonl(run.predictions) if row.get("images")), None)
     image = run.evaluation / asked["images"][0] if asked else "FILE"
     question = asked["question"] if asked else "What is written?"
+    # as it was called, where the environment is not activated: .venv/bin/finetune
+    folder = shlex.quote(str(run.path))
+    command = "finetune" if shutil.which("finetune") else sys.argv[0]
     results.print(
-        f'\nnext:\n  finetune chat {run.path} --image {image} "{question}"\n'
-        f"  finetune eval {run.path}\n"
-        "  finetune recipes copy quickstart my-recipe.yaml",
+        f"\nnext:\n  {command} chat {folder} --image {shlex.quote(str(image))} "
+        f"{shlex.quote(question)}\n"
+        f"  {command} {'eval' if asked else 'report'} {folder}\n"
+        f"  {command} recipes copy quickstart my-recipe.yaml",
         soft_wrap=True,
-        highlight=False,
     )
 
 

@@ -1,20 +1,21 @@
 """`finetune train`: a recipe becomes a run directory."""
 
-import contextlib
 from dataclasses import dataclass
+from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import load_peft_weights, set_peft_model_state_dict
 from rich.console import Console
 from transformers import set_seed
 
-from finetune.callbacks import MetricsFile, ProgressDisplay, StopOnSignal
+from finetune.callbacks import MetricsFile, ProgressDisplay, StopOnDivergence, StopOnSignal
 from finetune.data.collate import Collator
 from finetune.data.examples import Encoder
 from finetune.environment import environment, peak_memory_gib
-from finetune.errors import RecipeError, RunDirError, summarise_problems
+from finetune.errors import ModelError, RecipeError, RunDirError, summarise_problems
 from finetune.judging import Judgement, judge
 from finetune.model.adapters import add_adapter, count_parameters, save_adapter
 from finetune.model.load import (
@@ -29,7 +30,6 @@ from finetune.recipe import Recipe, dump_recipe, load_recipe, recipe_warnings
 from finetune.report import write_report
 from finetune.rundir import (
     RunDir,
-    check_free_space,
     check_run_dir,
     create_run_dir,
     read_json,
@@ -39,7 +39,13 @@ from finetune.rundir import (
     write_jsonl,
     write_text,
 )
-from finetune.tables import counts_in_words, dry_run_table, print_summary
+from finetune.tables import (
+    counts_in_words,
+    dry_run_table,
+    messages_console,
+    print_summary,
+    results_console,
+)
 from finetune.trainer import VisionSFTTrainer, training_arguments
 
 INTERRUPTED = 130  # what a shell expects of a command that SIGINT ended
@@ -53,6 +59,11 @@ class Prepared:
     encoder: Encoder
     train: PreparedRows
     held_out: PreparedRows
+
+    def digest(self) -> str:
+        """SHA-256 over the usable rows, texts and image paths, in their order."""
+        rows = [*self.train.rows, *self.held_out.rows]
+        return sha256("\n".join(repr(row.conversation) for row in rows).encode()).hexdigest()
 
 
 def train(
@@ -71,11 +82,11 @@ def train(
     messages, `results` the table.
     Raises `FinetuneError` for what the user can mend, before anything is written.
     """
-    console = console or Console(stderr=True)
-    results = results or Console()
+    console = console or messages_console()
+    results = results or results_console()
     quiet_libraries()
     for warning in recipe_warnings(recipe):
-        console.print(f"warning: {warning}", style="yellow")
+        console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
     refuse_what_cannot_run(recipe, source)
     if not dry_run:
         check_run_dir(recipe.output.dir, resume=resume, overwrite=overwrite)
@@ -84,15 +95,19 @@ def train(
         results.print(dry_run_table(recipe, prepared.train.counts, len(prepared.held_out.rows)))
         return 0
     if resume:
-        refuse_another_recipe(recipe, RunDir(recipe.output.dir))
+        refuse_another_run(prepared, RunDir(recipe.output.dir))
     console.print(f"loading {recipe.model.name}", soft_wrap=True)
     set_seed(recipe.training.seed)  # the adapter's first weights are random
     base, family = load_model(recipe.model)
     model = add_adapter(base, family, recipe.adapter, recipe.model.name)
-    run = create_run_dir(recipe.output.dir, resume=resume, overwrite=overwrite)
-    _check_free_space(run, model, recipe)
+    run = create_run_dir(
+        recipe.output.dir,
+        resume=resume,
+        overwrite=overwrite,
+        needed_bytes=_bytes_on_disk(model, recipe),
+    )
     write_text(run.recipe, dump_recipe(recipe))
-    write_json(run.environment, environment())
+    write_json(run.environment, environment() | {"rows_sha256": prepared.digest()})
     skipped = prepared.train.skipped + prepared.held_out.skipped
     write_jsonl(run.skipped, ({"where": p.where, "reason": p.reason} for p in skipped))
     return _train_and_judge(prepared, model, run, source, resume, console, results)
@@ -135,6 +150,9 @@ def refuse_what_cannot_run(recipe: Recipe, source: str) -> None:
         needed[f"training.optimizer: {training.optimizer}"] = "bitsandbytes"
     if recipe.model.attention == "flash_attention_2":
         needed["model.attention: flash_attention_2"] = "flash_attn"
+    on_gpu = torch.cuda.is_available()
+    if recipe.model.dtype == "bfloat16" and on_gpu and not torch.cuda.is_bf16_supported():
+        problems.append("model.dtype: bfloat16 is not computed by this GPU; set float16")
     problems += [
         f"{setting}: needs the package {package}, which is not installed; pip install {package}"
         for setting, package in needed.items()
@@ -144,16 +162,18 @@ def refuse_what_cannot_run(recipe: Recipe, source: str) -> None:
         raise RecipeError(summarise_problems(source, problems))
 
 
-def refuse_another_recipe(recipe: Recipe, run: RunDir) -> None:
-    """Raise `RunDirError` where a run would be resumed with settings that it was not begun with."""
+def refuse_another_run(prepared: Prepared, run: RunDir) -> None:
+    """Raise `RunDirError` where a run would go on with a recipe or rows it was not begun with."""
     begun = load_recipe(run.recipe, check_paths=False).model_dump()
-    now = recipe.model_dump()
+    now = prepared.recipe.model_dump()
     changed = [
         f"{section}.{key}"
         for section, settings in now.items()
         for key in settings
         if settings[key] != begun[section][key] and section != "output"
     ]
+    if not changed and read_json(run.environment).get("rows_sha256") != prepared.digest():
+        changed = ["the rows in the data files"]
     if changed:
         raise RunDirError(
             f"{run.path}: was begun with other settings ({', '.join(changed)}); "
@@ -232,29 +252,34 @@ def _run_trainer(
     console: Console,
 ) -> tuple[int, int]:
     """Train; the steps done and the steps planned, which differ where a signal stopped it."""
-    metrics = MetricsFile(run)
+    metrics, display = MetricsFile(run), ProgressDisplay(console)
     trainer = VisionSFTTrainer(
         model,
         training_arguments(prepared.recipe, run, num_eval_rows=len(prepared.held_out.rows)),
         Collator(prepared.encoder, [*prepared.train.rows, *prepared.held_out.rows]),
         num_train_rows=len(prepared.train.rows),
-        callbacks=[metrics, ProgressDisplay(console), stop],
+        callbacks=[metrics, StopOnDivergence(), display, stop],
     )
     metrics.trainer = trainer
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except torch.cuda.OutOfMemoryError as error:
+        raise ModelError(
+            f"out of GPU memory at step {trainer.state.global_step + 1}; lower training.batch_size "
+            "(and raise gradient_accumulation as much), set gradient_checkpointing: true, or make "
+            "images smaller"
+        ) from error
+    finally:
+        display.close()  # or the terminal is left without a cursor
+        stop.release()
     return trainer.state.global_step, trainer.state.max_steps
 
 
-def _check_free_space(run: RunDir, model: Any, recipe: Recipe) -> None:
-    """Room for the adapter and, for each checkpoint kept and the one being written, it and Adam."""
+def _bytes_on_disk(model: Any, recipe: Recipe) -> int:
+    """The adapter and, for each checkpoint kept and the one being written, it and Adam's state."""
     adapter_bytes = 4 * count_parameters(model)[0]
     checkpoints = recipe.training.keep_checkpoints + 1
-    try:
-        check_free_space(run, adapter_bytes * (1 + 3 * checkpoints) + 2**24)
-    except RunDirError:
-        with contextlib.suppress(OSError):
-            run.path.rmdir()  # made just now, unless it holds a run to be resumed
-        raise
+    return adapter_bytes * (1 + 3 * checkpoints) + 2**24
 
 
 def is_finished(checkpoint: Path) -> bool:

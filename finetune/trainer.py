@@ -92,6 +92,7 @@ def training_arguments(recipe: Recipe, run: RunDir, *, num_eval_rows: int) -> SF
         data_seed=training.seed,
         logging_steps=training.logging_steps,
         logging_first_step=True,
+        logging_nan_inf_filter=False,  # or a diverged run is logged with a loss of zero
         save_steps=training.save_steps,
         save_total_limit=training.keep_checkpoints,
         eval_strategy="steps" if num_eval_rows else "no",

@@ -8,10 +8,10 @@ from finetune.data.examples import Encoder
 from finetune.data.sources import Row
 from finetune.errors import ModelError
 from finetune.families import FAMILIES
+from finetune.families.family import Family
 from finetune.model.adapters import (
     add_adapter,
     count_parameters,
-    part_of,
     require_grad_on_language_inputs_only,
 )
 from finetune.model.load import load_model
@@ -20,6 +20,14 @@ from tests.conftest import chat_row
 from tests.idefics2 import build_meta_model
 
 IDEFICS2 = FAMILIES["idefics2"]
+
+
+def part_of(family: Family, name: str) -> str | None:
+    """The part under whose prefixes a parameter stands."""
+    for part, facts in family.parts.items():
+        if any(name.startswith(prefix + ".") for prefix in facts.prefixes):
+            return part
+    return None
 
 
 def adapter(**settings: Any) -> AdapterSection:

@@ -1,5 +1,6 @@
 import base64
 import io
+import struct
 from pathlib import Path
 from typing import Any, Literal
 
@@ -180,9 +181,23 @@ def test_a_url_is_not_downloaded(tmp_path: Path) -> None:
         load_image("https://example.com/a.png", tmp_path)
 
 
+def test_a_damaged_orientation_is_a_fault_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pillow lets the reader's own errors through where EXIF data is cut."""
+
+    def fail(_image: Image.Image) -> None:
+        raise struct.error("unpack requires a buffer of 2 bytes")
+
+    monkeypatch.setattr("finetune.data.images.ImageOps.exif_transpose", fail)
+    (tmp_path / "a.png").write_bytes(png())
+    with pytest.raises(DataError, match=r"'a\.png' cannot be decoded"):
+        load_image("a.png", tmp_path)
+
+
 def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bomb.png").write_bytes(png((100, 100)))
-    for limit in (4000, 9000):  # beyond twice the limit Pillow raises, below it only warns
+    for limit in (4000, 9000):  # beyond twice the limit Pillow raises; below, it would only warn
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         with pytest.raises(DataError, match="too large"):
             load_image("bomb.png", tmp_path)

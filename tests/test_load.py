@@ -70,6 +70,14 @@ def test_a_missing_weight_is_refused_and_named(folder: Path) -> None:
         load_model(local(folder))
 
 
+def test_a_weight_of_another_shape_is_refused(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["intermediate_size"] += 8
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="its weights cannot be loaded"):
+        load_model(local(folder))
+
+
 def test_damaged_weights_are_refused(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])

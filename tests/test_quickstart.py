@@ -1,7 +1,6 @@
 """The two shipped recipes, run whole: what a new user does first."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -21,7 +20,6 @@ def train(recipe: str, folder: Path, *overrides: str) -> tuple[dict, float]:
         text=True,
         check=False,
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "2"},
     )
     assert done.returncode == 0, done.stderr
     summary = json.loads((folder / "run" / "summary.json").read_text())

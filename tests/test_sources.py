@@ -24,6 +24,17 @@ ANSWER = {"role": "assistant", "content": "This."}
         ({"messages": ["hello"]}, r"messages\[0\] must be an object"),
         ({"messages": [{"role": "gpt", "content": "x"}]}, r"messages\[0\]\.role is 'gpt'"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, r"messages\[0\]\.role is \['user'\]"),
+        ({"messages": [USER, ANSWER], "images": ["a.png"]}, "'images' stands beside 'messages'"),
+        ({"messages": [USER | {"image": "a.png"}, ANSWER]}, "unknown key 'image'; expected role"),
+        ({"messages": [USER, ANSWER | {"trian": False}]}, "'trian'; did you mean 'train'"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "text", "text": "x", "image": "a"}]}
+                ]
+            },
+            "unknown key 'image'",
+        ),
         ({"messages": [{"role": "user"}]}, r"messages\[0\]\.content is missing"),
         ({"messages": [USER, ANSWER | {"train": "no"}]}, r"messages\[1\]\.train must be true or"),
         ({"messages": [{"role": "user", "content": 3}]}, "content must be a string or a list"),
@@ -47,6 +58,12 @@ def test_a_row_reads_back_as_it_was_written() -> None:
 def test_plain_string_content_is_one_text_part() -> None:
     conversation = parse_chat({"messages": [USER, ANSWER]})
     assert [message.text for message in conversation.messages] == ["What?", "This."]
+
+
+def test_empty_columns_of_a_table_are_no_unknown_keys() -> None:
+    part = {"type": "text", "text": "What?", "image": None}
+    conversation = parse_chat({"messages": [{"role": "user", "content": [part]}, ANSWER], "id": 7})
+    assert conversation.messages[0].text == "What?"
 
 
 def read(path: Path) -> tuple[list[Row], list[str]]:
@@ -73,6 +90,9 @@ def test_rows_in_are_rows_read_plus_problems(tmp_path: Path) -> None:
         json.dumps({"messages": [USER]}).encode(),
         json.dumps({"messages": [USER, ANSWER | {"train": False}]}).encode(),
         good,
+        good.replace(b"This.", b"\\ud83d"),
+        good[:-1] + b', "id": ' + b"9" * 5000 + b"}",
+        json.dumps({"messages": [USER, ANSWER | {"content": " "}]}).encode(),
     ]
     file = tmp_path / "rows.jsonl"
     file.write_bytes(b"\n".join(lines))
@@ -84,6 +104,9 @@ def test_rows_in_are_rows_read_plus_problems(tmp_path: Path) -> None:
         (4, "is nested too deeply|is not JSON"),
         (5, "no assistant turn"),
         (6, "no assistant turn"),
+        (8, "half of a character"),
+        (9, "cannot be read"),
+        (10, "no assistant turn"),
     ):
         assert any(p.startswith(f"{file}:{number}: ") for p in problems), problems
         problem = next(p for p in problems if p.startswith(f"{file}:{number}: "))

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -39,8 +40,11 @@ def run_cli(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDir, str]:
     """A run by the command itself, and what it printed on standard output."""
     folder = tmp_path_factory.mktemp("finished")
-    done = run_cli("train", write_dataset(folder))
+    training = {"learning_rate": 0.02, "warmup_ratio": 0.0}  # so that a few steps change answers
+    done = run_cli("train", write_dataset(folder, training=training))
     assert done.returncode == 0, done.stderr
+    rows = read_jsonl(RunDir(folder / "run").predictions)
+    assert all(row["base"] != row["adapter"] for row in rows), rows
     return RunDir(folder / "run"), done.stdout
 
 
@@ -139,7 +143,8 @@ def test_a_resumed_run_ends_as_the_unbroken_one(
     dataset: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Killed after step 5 while the checkpoint of step 4 was written: steps 3 to 6 run again."""
-    recipe = dataset(adapter={"dropout": 0.2}, training={"max_steps": 6, "keep_checkpoints": 9})
+    training = {"max_steps": 6, "keep_checkpoints": 9, "logging_steps": 3}
+    recipe = dataset(adapter={"dropout": 0.2}, training=training)
     train(str(recipe), [f"output.dir={tmp_path / 'unbroken'}"])
     train(str(recipe))
     broken, unbroken = RunDir(tmp_path / "run"), RunDir(tmp_path / "unbroken")
@@ -188,12 +193,38 @@ def test_resuming_with_another_recipe_is_refused_and_the_settings_named(
         train(recipe, ["adapter.rank=4"], resume=True)
 
 
+def test_resuming_on_other_rows_is_refused(dataset: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = dataset(num_eval=0, training={"max_steps": 2})
+    train(str(recipe))
+    lines = (tmp_path / "train.jsonl").read_text().splitlines()
+    (tmp_path / "train.jsonl").write_text("\n".join(lines[1:]))
+    with pytest.raises(RunDirError, match="the rows in the data files"):
+        train(str(recipe), resume=True)
+
+
+def test_a_run_that_diverges_is_stopped_and_called_so(dataset: Callable[..., Path]) -> None:
+    recipe = dataset(training={"learning_rate": 1e30, "warmup_ratio": 0, "max_steps": 20})
+    with pytest.raises(ModelError, match=r"the loss at step \d+ is nan: training has diverged"):
+        train(str(recipe))
+
+
+def test_brackets_in_questions_are_printed_as_they_are(
+    dataset: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = dataset(training={"max_steps": 1})
+    row = chat_row("Read [/b] and :cat: 'now'", "A17", "eval0.png")
+    write_rows(tmp_path / "eval.jsonl", [row])
+    assert train(str(recipe)) == 0
+    printed = capsys.readouterr().out
+    assert shlex.quote("Read [/b] and :cat: 'now'") in printed
+
+
 def test_an_interrupt_saves_a_checkpoint_and_says_how_to_go_on(
     dataset: Callable[..., Path], tmp_path: Path
 ) -> None:
     recipe = dataset(training={"max_steps": 3000, "save_steps": 1000, "num_workers": 1})
     process = subprocess.Popen(
-        [FINETUNE, "train", str(recipe)],
+        [FINETUNE, "train", str(recipe), "adapter.parts=[language,connector]"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -206,7 +237,7 @@ def test_an_interrupt_saves_a_checkpoint_and_says_how_to_go_on(
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the loading process gets it, too
     _, messages = process.communicate(timeout=60)
     assert process.returncode == 130, messages
-    assert "--resume" in messages
+    assert "'adapter.parts=[language,connector]' --resume" in messages
     checkpoint = RunDir(tmp_path / "run").last_checkpoint()
     assert checkpoint is not None
     assert int(checkpoint.name.rpartition("-")[2]) < 3000
@@ -222,6 +253,17 @@ def test_an_existing_run_is_refused_then_replaced(dataset: Callable[..., Path]) 
     with pytest.raises(RunDirError, match=r"--resume.*--overwrite"):
         train(str(recipe))
     assert train(str(recipe), overwrite=True) == 0
+
+
+def test_only_a_run_and_nothing_else_is_overwritten(
+    dataset: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = dataset(num_eval=0, training={"max_steps": 1})
+    train(str(recipe))
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(RunDirError, match=r"other things than a run \(notes\.txt\)"):
+        train(str(recipe), overwrite=True)
+    assert (tmp_path / "run" / "adapter").is_dir()
 
 
 def test_a_dry_run_writes_nothing(dataset: Callable[..., Path], tmp_path: Path) -> None:
@@ -417,7 +459,9 @@ def test_a_typing_error_is_told_before_torch_is_imported(tmp_path: Path) -> None
     assert "quickstart" in done.stderr
 
 
-@pytest.mark.parametrize("taken", ["a file", "another folder's files", "no permission"])
+@pytest.mark.parametrize(
+    "taken", ["a file", "another folder's files", "a project with a recipe", "no permission"]
+)
 def test_an_output_folder_that_cannot_be_used_is_refused(
     dataset: Callable[..., Path], tmp_path: Path, taken: str
 ) -> None:
@@ -428,11 +472,14 @@ def test_an_output_folder_that_cannot_be_used_is_refused(
     elif taken == "another folder's files":
         output.mkdir()
         (output / "thesis.tex").write_text("years of work")
+    elif taken == "a project with a recipe":
+        output = tmp_path  # recipe.yaml, data and pictures
     else:
         output = Path("/proc/run")  # not even root may write there
     overwrite = taken != "a file"
     with pytest.raises(FinetuneError, match=r"output\.dir"):
         train(str(recipe), [f"output.dir={output}"], overwrite=overwrite)
+    assert recipe.is_file()
     if taken == "another folder's files":
         assert (output / "thesis.tex").read_text() == "years of work"
 

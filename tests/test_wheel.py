@@ -51,8 +51,9 @@ def test_the_wheel_carries_recipes_data_model_and_page(installed: Path) -> None:
     copied = run(installed, "recipes", "copy", "quickstart", "mine.yaml")
     assert copied.returncode == 0, copied.stderr
     steps = ["training.max_steps=2", "evaluation.max_rows=4"]
-    done = run(installed, "train", "mine.yaml", *steps)
-    assert done.returncode == 0, done.stderr
+    for recipe in ("mine.yaml", "quickstart"):  # the copy, and beside it the one it came from
+        done = run(installed, "train", recipe, *steps, "--overwrite")
+        assert done.returncode == 0, done.stderr
     assert (installed / "runs" / "quickstart" / "report.html").is_file()
     package = subprocess.run(
         [installed / "venv" / "bin" / "python", "-c", "import finetune; print(finetune.__file__)"],

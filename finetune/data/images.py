@@ -9,7 +9,8 @@ Shape letters: C channels (3), H height, W width, all in pixels.
 import base64
 import binascii
 import io
-import warnings
+import math
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -123,18 +124,17 @@ def load_image(source: str | bytes, root: Path) -> Image.Image:
     """
     name, data = _read(source, root)
     try:
-        with warnings.catch_warnings():
-            # Pillow only warns between its limit and twice that; a decompression bomb is an error
-            # here
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as opened:
-                opened.load()
-                return to_rgb(ImageOps.exif_transpose(opened))
+        with Image.open(io.BytesIO(data)) as opened:
+            # Pillow itself only warns up to twice its limit, and warnings are the whole process's
+            if opened.width * opened.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+                raise Image.DecompressionBombError(f"{opened.width:,} x {opened.height:,} pixels")
+            opened.load()
+            return to_rgb(ImageOps.exif_transpose(opened))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(
             f"image {name} is too large ({error}); scale it down before training"
         ) from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         raise DataError(f"image {name} {_fault(error, data)}; mend or replace it") from error
 
 

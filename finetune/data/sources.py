@@ -102,6 +102,12 @@ def _read_line(line: bytes, where: str, image_root: Path) -> Row | Problem:
         return Problem(where, "is nested too deeply to be read; a chat row has four levels")
     except FormatError as error:
         return Problem(where, str(error))
+    except ValueError as error:  # a whole number of thousands of digits
+        return Problem(where, f"holds a value that cannot be read ({error}); write it as a string")
+    if not _is_text(conversation):
+        return Problem(
+            where, "holds half of a character (a lone surrogate such as \\ud83d); write it whole"
+        )
     if not conversation.learns():
         return Problem(
             where,
@@ -109,6 +115,15 @@ def _read_line(line: bytes, where: str, image_root: Path) -> Row | Problem:
             "turns do not count)",
         )
     return Row(where, conversation, image_root)
+
+
+def _is_text(conversation: Conversation) -> bool:
+    """Whether every text can be encoded: JSON escapes may cut an emoji in two."""
+    try:
+        "".join(message.text for message in conversation.messages).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _shown(path: Path) -> str:

@@ -29,16 +29,6 @@ def target_pattern(family: Family, parts: list[str] | tuple[str, ...]) -> str:
     return "|".join(alternatives)
 
 
-def part_of(family: Family, module_name: str) -> str | None:
-    """The part a module or parameter of the base model belongs to; None for the head and the
-    like.
-    """
-    for part, facts in family.parts.items():
-        if any(module_name == p or module_name.startswith(p + ".") for p in facts.prefixes):
-            return part
-    return None
-
-
 def add_adapter(model: Any, family: Family, adapter: AdapterSection, model_name: str) -> PeftModel:
     """The model with fresh adapters, in float32 whatever the base's dtype, and everything else
     frozen.

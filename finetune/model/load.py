@@ -110,7 +110,7 @@ def load_model(model: ModelSection) -> tuple[Any, Family]:
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise ModelError(
             f"{model.name}: its weights cannot be loaded: {_first_line(error)}"
         ) from error

@@ -41,8 +41,10 @@ def copy_recipe(name: str, to: Path) -> list[Path]:
         for folder, place in folders.items():
             shutil.copytree(folder, place)
         to.write_text(f"{first}\n{rest}", encoding="utf-8")
-    except OSError as error:
-        raise RunDirError(f"{to}: cannot be written ({error.strerror})") from error
+    except (OSError, shutil.Error) as error:
+        for place in folders.values():
+            shutil.rmtree(place, ignore_errors=True)  # none of them was there before
+        raise RunDirError(f"{to}: cannot be written ({error})") from error
     return [to, *folders.values()]
 
 

@@ -83,6 +83,10 @@ def resolve_paths(raw: Any, recipe_folder: Path) -> list[Problem]:
 def _resolve(written: str, recipe_folder: Path) -> tuple[str, list[str]]:
     """A relative path starts in the current folder or the recipe's, if that is not two files."""
     path = expand_home(written)
+    own = Path(os.path.normpath(recipe_folder.resolve() / path))
+    if own.is_relative_to(recipes_dir().resolve()) and is_there(own):
+        # A shipped recipe means the data it came with, whatever a copy of it left in this folder
+        return str(own), []
     folders = (Path.cwd(), recipe_folder.resolve())
     places = list(dict.fromkeys(Path(os.path.normpath(folder / path)) for folder in folders))
     # Compared by where links lead, kept as named: a link's own suffix tells the format.
