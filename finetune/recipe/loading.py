@@ -48,6 +48,13 @@ def _without_effect(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "training.learning_rate", "with adapter.method: frozen, which trains nothing"
     if recipe.model.name == "nano" or Path(recipe.model.name).is_absolute():
         yield "model.revision", f"with model.name: {recipe.model.name}, which is not on the Hub"
+    if training.batch_size * training.gradient_accumulation == 1:
+        yield (
+            "training.gradient_accumulation",
+            "at 1 with batch_size: 1, and every step follows a single row; raise one of them",
+        )
+    if "share_images" in training.model_fields_set and training.share_images == "auto":
+        yield "training.share_images", "in this version; rows about one picture train apart"
     if training.scheduler == "constant":
         yield (
             "training.warmup_ratio",

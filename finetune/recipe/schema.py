@@ -61,7 +61,7 @@ class ModelSection(Section):
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Number format of the weights. Adapters are always trained in float32."""
     quantize: Quantize = "none"
-    """Hold the base weights in 4 bits (nf4) or 8 bits (int8). Needs bitsandbytes and a GPU."""
+    """Hold the base weights in 4 bits (nf4) or 8 bits (int8). Refused by this version, but none."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention kernel. auto takes the fastest one that the machine has."""
 
@@ -81,7 +81,7 @@ class AdapterSection(Section):
     """What is trained."""
 
     method: Literal["lora", "dora", "rslora", "pissa", "full", "frozen"] = "lora"
-    """Kind of adapter. full trains the weights of the parts themselves, frozen trains nothing."""
+    """Kind of adapter. This version trains lora, dora and rslora, and refuses the others."""
     rank: Count = 8
     """Width of the adapter matrices. Memory and capacity grow with it."""
     alpha: PositiveNumber = 8
@@ -108,7 +108,7 @@ class DataSource(Section):
     image_root: Text | None = None
     """Folder that image paths in the rows start from. Without it, the folder of the file."""
     weight: PositiveNumber = 1.0
-    """How often the rows are drawn, relative to the other entries."""
+    """How often the rows are drawn, relative to other entries. This version takes 1 alone."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> "DataSource":
@@ -129,8 +129,7 @@ class DataSection(Section):
     bad_rows: Literal["stop", "skip"] = "stop"
     """What an unreadable row does. skip counts and lists it."""
     overlong: Literal["stop", "skip", "drop_turns", "fewer_views"] = "stop"
-    """What a row longer than max_tokens does. drop_turns leaves out its oldest turns, fewer_views
-    stops splitting its pictures."""
+    """What a row longer than max_tokens does. This version takes stop and skip."""
 
 
 class TrainingSection(Section):
@@ -151,7 +150,7 @@ class TrainingSection(Section):
     gradient_accumulation: Count = 8
     """Passes per optimizer step. The batch is batch_size x gradient_accumulation x devices."""
     learning_rate: LearningRate = 1e-4
-    """Peak rate, or a mapping with one for each trained part."""
+    """Peak rate, or a mapping with one for each trained part (refused by this version)."""
     optimizer: Optimizer = "adamw_torch"
     """Optimizer, by its transformers name. Names with bnb or paged need bitsandbytes."""
     scheduler: Scheduler = "cosine"
@@ -165,11 +164,11 @@ class TrainingSection(Section):
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass. Less memory, about a third more time."""
     packing: bool = False
-    """Several short rows in one sequence, kept apart by the attention mask."""
+    """Several short rows in one sequence, kept apart by the mask. Refused by this version."""
     vision_cache: SizeOrOff = "off"
-    """Disk space for the features of a frozen vision part, such as 20GiB, or off."""
+    """Disk space for features of a frozen vision part, such as 20GiB. Refused by this version."""
     share_images: AutoOrOff = "auto"
-    """Train rows about one picture as one sequence, with the same losses as apart."""
+    """Train rows about one picture as one sequence, losses as apart. Not yet: both mean off."""
     num_workers: Annotated[int, Field(ge=0)] = 2
     """Processes that prepare the data. 0 prepares it in the main process."""
     seed: Seed = 0
