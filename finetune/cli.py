@@ -148,8 +148,9 @@ def main() -> None:
     # Nothing is sent anywhere unasked, and forked data workers do not draw the tokenizer's warning
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # On a CPU, torch's threads would otherwise spin while they wait for each other: with one other
-    # busy process on two cores the quickstart ran at 10 to 19 samples a second instead of 37 to 43
+    # On a CPU, torch's threads otherwise spin while they wait for each other. Alone on two cores
+    # the quickstart then runs at 61 to 66 samples a second instead of 40, but beside one other
+    # busy process at 10 to 19 instead of 37 to 43; OMP_WAIT_POLICY=ACTIVE takes that chance
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()

@@ -31,8 +31,8 @@ class VisionSFTTrainer(SFTTrainer):
     ):
         num_rows = len(collator.rows)
         # The dataset holds row numbers, so that rows stay as they were read and TRL's own
-        # preparation (which looks
-        # for images in the first row alone, and cuts at max_length) has nothing to prepare.
+        # preparation (which looks for images in the first row alone, and cuts at max_length) has
+        # nothing to prepare.
         numbers = Dataset.from_dict({"row": list(range(num_rows))})
         held_out = (
             numbers.select(range(num_train_rows, num_rows)) if num_rows > num_train_rows else None

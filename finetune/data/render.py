@@ -46,9 +46,8 @@ def render(
         if not text.startswith(prompt):
             raise DataError("the chat template does not continue its own prompt with the answer")
         # From the end of the turn before to the first letter of this answer stands the template's
-        # header alone, in
-        # which no image is expanded: so its length in the text is its length in the tokeniser's
-        # offsets, too.
+        # header alone, in which no image is expanded: so its length in the text is its length in
+        # the tokeniser's offsets, too.
         header = (
             prompt[prompt.rindex(family.turn_end_token) + len(family.turn_end_token) :]
             if i
@@ -115,9 +114,8 @@ def _tokenise(
     pieces = text.split(image_token)
     assert len(pieces) == len(num_views) + 1, "the template wrote another number of images"
     # A split image is one placeholder to a processor that splits; where each image decides for
-    # itself the processor
-    # does not split, and one placeholder a view gives the same text, since adjacent images share
-    # their fake token.
+    # itself the processor does not split, and one placeholder a view gives the same text, since
+    # adjacent images share their fake token.
     views_each = family.views_when_split if processor.image_processor.do_image_splitting else 1
     expanded = pieces[0] + "".join(
         image_token * (views // views_each) + piece
