@@ -67,4 +67,4 @@ def test_nano_reads_freshly_drawn_receipts(model, processor) -> None:
         texts.append("\n".join(lines))
     answers = read(model, processor, pictures, ["What is written?"] * len(pictures))
     right = sum(answer == text for answer, text in zip(answers, texts, strict=True))
-    assert right / len(texts) >= 0.9  # 1.000 of 160 was measured
+    assert right / len(texts) >= 0.9  # 0.981 of 160 was measured
