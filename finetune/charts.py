@@ -1,4 +1,4 @@
-"""Line charts of a run as inline SVG, coloured by the page: one drawing for light and dark.
+"""Line charts and histograms as inline SVG, coloured by the page: one drawing for light and dark.
 
 matplotlib draws with stand-in colours; afterwards each becomes a CSS variable (`--chart-raw`, ...)
 that the page sets.
@@ -8,11 +8,13 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
@@ -124,9 +126,8 @@ def learning_rate_chart(points: Points, *, label: str) -> str:
 
 def draw(lines: Sequence[Line], *, name: str, label: str) -> str:
     """The curves as an `<svg>`; `name` keeps its ids apart from those of other charts."""
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 13}):
-        figure = Figure(figsize=SIZE_INCHES, layout="constrained")
-        axes = figure.add_subplot()
+    with _settings(name):
+        figure, axes = _empty_chart(xlabel="step")
         for line in lines:
             points = thin(line.points)
             axes.plot(
@@ -138,30 +139,98 @@ def draw(lines: Sequence[Line], *, name: str, label: str) -> str:
                 markersize=5,
                 label=line.name,
             )
-        axes.set_xlabel("step", color=STAND_INS["ink"])
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 20k instead of 20000
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.6g}")
-        axes.tick_params(colors=STAND_INS["ink"], length=0)
-        axes.grid(axis="y", color=STAND_INS["grid"], linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "left", "right"]].set_visible(False)
-        axes.spines["bottom"].set_color(STAND_INS["grid"])
         if len(lines) > 1:
-            figure.legend(
-                loc="outside upper center",
-                ncols=len(lines),
-                frameon=False,
-                labelcolor=STAND_INS["ink"],
-                fontsize=12,
-                handlelength=1.2,
-                columnspacing=1.2,
+            _legend(figure, num_columns=len(lines))
+        return inline(_svg(figure), name=name, label=label)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A value that none may pass, drawn as an upright line with its name in the legend."""
+
+    name: str
+    value: int
+
+
+def histogram_chart(
+    edges: Sequence[int],
+    counts: Sequence[int],
+    *,
+    xlabel: str,
+    name: str,
+    label: str,
+    limit: Limit | None = None,
+) -> str:
+    """Rows by a whole number they have: `counts[i]` of them from `edges[i]` to below
+    `edges[i + 1]`. A bin one wide is drawn around its number.
+    """
+    with _settings(name):
+        figure, axes = _empty_chart(xlabel=xlabel)
+        widths = [high - low for low, high in itertools.pairwise(edges)]
+        one_each = max(widths) == 1
+        shift = 0.5 if one_each else 0.0
+        axes.bar(
+            [edge - shift for edge in edges[:-1]],
+            counts,
+            width=[0.92 * width for width in widths],
+            align="edge",
+            color=STAND_INS["smooth"],
+            linewidth=0,
+        )
+        if one_each and len(counts) <= 10 and not limit:
+            axes.set_xticks(edges[:-1])
+        if limit:
+            axes.axvline(
+                limit.value, color=STAND_INS["held"], linewidth=2, linestyle="--", label=limit.name
             )
-        buffer = io.StringIO()
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    return inline(buffer.getvalue(), name=name, label=label)
+            _legend(figure, num_columns=1)
+        axes.set_ylabel("rows", color=STAND_INS["ink"])
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+        return inline(_svg(figure), name=name, label=label)
+
+
+@contextmanager
+def _settings(name: str) -> Iterator[None]:
+    """Text stays text, so that the page's font and zoom apply to it."""
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 13}):
+        yield
+
+
+def _empty_chart(*, xlabel: str) -> tuple[Figure, Axes]:
+    """Axes in the page's colours, with nothing drawn in them; the x axis holds whole numbers."""
+    figure = Figure(figsize=SIZE_INCHES, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xlabel(xlabel, color=STAND_INS["ink"])
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 20k instead of 20000
+    axes.tick_params(colors=STAND_INS["ink"], length=0)
+    axes.grid(axis="y", color=STAND_INS["grid"], linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "left", "right"]].set_visible(False)
+    axes.spines["bottom"].set_color(STAND_INS["grid"])
+    return figure, axes
+
+
+def _legend(figure: Figure, *, num_columns: int) -> None:
+    figure.legend(
+        loc="outside upper center",
+        ncols=num_columns,
+        frameon=False,
+        labelcolor=STAND_INS["ink"],
+        fontsize=12,
+        handlelength=1.2,
+        columnspacing=1.2,
+    )
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    return buffer.getvalue()
 
 
 def inline(svg: str, *, name: str, label: str) -> str:

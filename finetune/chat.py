@@ -5,6 +5,7 @@ from pathlib import Path
 
 from data_formats.chat import Conversation, Image, Message, Text
 from finetune.data.examples import Encoder
+from finetune.data.images import ImageAccess
 from finetune.data.sources import Row
 from finetune.model.adapters import load_adapter
 from finetune.model.generate import generate_answers
@@ -25,7 +26,8 @@ def answer(path: str | Path, images: Sequence[Path], question: str) -> str:
     encoder = Encoder(load_processor(recipe.model, recipe.images), family, recipe.images)
     content = (*(Image(str(image)) for image in images), Text(question))
     conversation = Conversation((Message("user", content), Message("assistant", ())))
-    prompt = encoder.encode_prompt(Row("the question", conversation, Path.cwd()))
+    anywhere = ImageAccess(Path.cwd(), allow_outside_root=True)
+    prompt = encoder.encode_prompt(Row("the question", conversation, anywhere))
     return generate_answers(
         model,
         encoder.processor,

@@ -64,6 +64,98 @@ def train(
     )
 
 
+@app.command()
+def check(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the report; by default beside the run.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read, decode, render and count every row; exit 2 if any cannot be used."""
+    from finetune.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    from finetune.check import check as run_check
+    from finetune.check import print_check
+
+    result = run_check(loaded, recipe, out=out)
+    if as_json:
+        print(json.dumps(result.to_json()))
+    else:
+        print_check(result)
+    raise typer.Exit(2 if result.num_problems else 0)
+
+
+@app.command()
+def preview(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=1, help="How many rows, drawn at random.")] = 8,
+    row: Annotated[
+        list[str] | None, typer.Option(help="A row by its place, file:line; repeat for more.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Draws other rows.")] = 0,
+    held_out: Annotated[bool, typer.Option(help="Show rows of data.eval.")] = False,
+    out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("preview.html"),
+    as_json: AsJson = False,
+) -> None:
+    """Show rows as the model reads them: views, text, and which of it is learnt."""
+    from finetune.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    from finetune.preview import preview as run_preview
+    from finetune.preview import write_page
+
+    shown = run_preview(loaded, num_rows=rows, chosen=row or (), seed=seed, held_out=held_out)
+    for where, reason in shown.problems:
+        print(f"{where}: {reason}", file=sys.stderr)
+    if as_json:
+        for line in shown.to_json():
+            print(json.dumps(line))
+    else:
+        print(write_page(shown, loaded, recipe, out))
+    raise typer.Exit(2 if shown.problems else 0)
+
+
+@app.command()
+def convert(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A data file or folder.")],
+    out: Annotated[Path, typer.Option(help="The .jsonl file to write; never overwritten.")],
+    format_name: Annotated[
+        str, typer.Option("--from", metavar="FORMAT", help="Its format; auto tells it by itself.")
+    ] = "auto",
+    columns: Annotated[
+        str | None,
+        typer.Option(metavar="KEY=COLUMN,...", help="For tables: image=scan,question=q,answer=a"),
+    ] = None,
+    question: Annotated[
+        str | None, typer.Option(help="What is asked where rows hold no question.")
+    ] = None,
+    skip_bad: Annotated[bool, typer.Option(help="Leave bad rows out, and list them.")] = False,
+) -> None:
+    """Write a file of any format as chat rows."""
+    from finetune.convert import convert as run_convert
+    from finetune.convert import parse_columns
+
+    done = run_convert(
+        file,
+        out,
+        format_name=format_name,
+        columns=parse_columns(columns) if columns else None,
+        question=question,
+        skip_bad=skip_bad,
+    )
+    for problem in done.problems:
+        print(f"left out: {problem}", file=sys.stderr)
+    print(f"{done.out}: {done.num_rows:,} rows, read as {done.format_name}")
+    if done.images:
+        print(f"{done.images}: the pictures that were inside the rows")
+    if done.image_root:
+        print(f"its pictures stay where they are; in the recipe, set image_root: {done.image_root}")
+
+
 @app.command(name="eval")
 def evaluate(run: RunFolder, as_json: AsJson = False) -> None:
     """Judge a run's adapter against its base on the held-out rows."""

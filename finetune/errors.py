@@ -30,12 +30,15 @@ class RunDirError(FinetuneError, OSError):
     """The output folder is taken, full, unwritable or no run."""
 
 
-def summarise_problems(title: str, problems: Sequence[str], *, shown: int = 20) -> str:
+def summarise_problems(
+    title: str, problems: Sequence[str], *, shown: int = 20, total: int | None = None
+) -> str:
     """One message for many problems: the title with their number, then each on a line of its own,
-    `shown` at most.
+    `shown` at most. `total` counts those that are not in `problems`, too.
     """
-    count = f"{len(problems):,} problem" + ("" if len(problems) == 1 else "s")
-    lines = [f"{title}: {count}", *(f"  {problem}" for problem in problems[:shown])]
-    if len(problems) > shown:
-        lines.append(f"  ... and {len(problems) - shown:,} more")
+    total = len(problems) if total is None else total
+    lines = [f"{title}: {total:,} problem" + ("" if total == 1 else "s")]
+    lines += [f"  {problem}" for problem in problems[:shown]]
+    if total > len(lines) - 1:
+        lines.append(f"  ... and {total - len(lines) + 1:,} more")
     return "\n".join(lines)

@@ -9,7 +9,7 @@ from finetune.errors import DataError
 from finetune.judging import Judgement, judge
 from finetune.model.adapters import load_adapter
 from finetune.model.load import best_device, load_model, load_processor, quiet_libraries
-from finetune.preparation import prepare_rows
+from finetune.preparation import cache_of, prepare_held_out
 from finetune.recipe import load_recipe
 from finetune.report import write_report
 from finetune.rundir import open_run_dir, read_json, write_json
@@ -26,15 +26,17 @@ def evaluate(path: str | Path, *, console: Console | None = None) -> Judgement:
     quiet_libraries()
     run = open_run_dir(path)
     recipe = load_recipe(run.recipe)
-    if not recipe.data.eval:
+    if not recipe.data.eval and not recipe.data.eval_fraction:
         raise DataError(
             f"{run.recipe}: data.eval is empty, so there is nothing to judge on; name held-out "
             "rows there"
         )
     base, family = load_model(recipe.model)
     model = load_adapter(base, run.adapter, recipe).to(best_device())
-    encoder = Encoder(load_processor(recipe.model, recipe.images), family, recipe.images)
-    held_out = prepare_rows(recipe.data.eval, recipe.data, encoder, console, "eval")
+    processor = load_processor(recipe.model, recipe.images)
+    encoder = Encoder.of_recipe(processor, family, recipe.images, recipe.data)
+    held_out = prepare_held_out(recipe, encoder, cache_of(run.path), console)
+    assert held_out
     judgement = judge(model, encoder, held_out.rows, recipe.evaluation, run, console)
     summary = read_json(run.summary) if run.summary.is_file() else {}
     summary |= {

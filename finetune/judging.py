@@ -52,9 +52,9 @@ def judge(
         without = model.disable_adapter() if who == "base" else contextlib.nullcontext()
         with without:
             answers[who] = _answer(model, encoder, rows, settings, console, who)
-    references = [_reference(row.conversation) for row in rows]
+    references = [list(row.conversation.references()) for row in rows]
     scores = {
-        who: [score(a, [r], settings.metrics) for a, r in zip(given, references, strict=True)]
+        who: [score(a, r, settings.metrics) for a, r in zip(given, references, strict=True)]
         for who, given in answers.items()
     }
     with replacing(run.evaluation) as folder:
@@ -65,7 +65,7 @@ def judge(
             line = {
                 "where": row.where,
                 "question": _question(row.conversation),
-                "references": [references[i]],
+                "references": references[i],
                 "base": answers["base"][i],
                 "adapter": answers["adapter"][i],
                 "scores": {who: scores[who][i] for who in answers},
@@ -106,10 +106,6 @@ def _answer(
     return answers
 
 
-def _reference(conversation: Conversation) -> str:
-    return [m for m in conversation.messages if m.role == "assistant"][-1].text.strip()
-
-
 def _question(conversation: Conversation) -> str:
     """The words of the user's last turn before the answer."""
     users = [m for m in conversation.before_last_answer().messages if m.role == "user"]
@@ -120,7 +116,7 @@ def _save_thumbnails(row: Row, folder: Any, subfolder: str, number: int) -> list
     """Small copies of the row's images, for the report; paths relative to the evaluation folder."""
     names = []
     for k, part in enumerate(row.conversation.before_last_answer().images()):
-        image = load_image(part.source, row.image_root)
+        image = load_image(part.source, row.image_access)
         image.thumbnail((THUMBNAIL_EDGE_PX, THUMBNAIL_EDGE_PX))
         names.append(f"{subfolder}/{number:04d}-{k}.png")
         image.save(folder / names[-1])

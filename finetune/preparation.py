@@ -2,63 +2,215 @@
 decide.
 """
 
-import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 from rich.console import Console
-from rich.progress import track
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from finetune.data.examples import Encoder, Overlong, RowCounts, examine
-from finetune.data.sources import Problem, Row, read_sources
+from finetune.data.examination import (
+    BAD,
+    CHANGED,
+    LEFT_OUT,
+    OVERLONG,
+    USABLE,
+    Examination,
+)
+from finetune.data.examined import examine_once
+from finetune.data.examples import Encoder
+from finetune.data.sampling import hold_out
+from finetune.data.sources import Rows, Source, StreamSource, open_source, open_stream_source
 from finetune.errors import DataError, summarise_problems
-from finetune.recipe import DataSection, DataSource
+from finetune.recipe import DataSection, DataSource, Recipe
+from finetune.rundir import RunDir, write_jsonl
+
+FATAL_SHOWN = 20
 
 
 @dataclass(frozen=True)
 class PreparedRows:
-    """Rows in = usable rows + skipped rows."""
+    """Rows that can be trained or judged, and the examination they come from.
 
-    rows: list[Row]
-    counts: list[RowCounts]
-    skipped: list[Problem] = field(default_factory=list)
+    `counts` has a line a usable row; `weights` one a source, over which `rows` are spread.
+    """
+
+    rows: Rows
+    counts: np.ndarray
+    examination: Examination
+
+    def spans(self) -> list[tuple[int, float]]:
+        """Number of rows and weight of each source."""
+        weights = [source.reader.settings.weight for source in self.rows.sources]
+        return list(zip(self.rows.num_of_sources(), weights, strict=True))
+
+
+def cache_of(folder: str | Path) -> Path:
+    """Where indexes, examinations and downloads are kept for runs: beside the run directory."""
+    return Path(folder).resolve().parent / ".finetune-cache"
 
 
 def prepare_rows(
-    sources: Sequence[DataSource], data: DataSection, encoder: Encoder, console: Console, what: str
-) -> PreparedRows:
-    """Every row of the sources, read, decoded, rendered and counted.
+    recipe: Recipe, encoder: Encoder, cache: Path, console: Console
+) -> tuple[PreparedRows, PreparedRows | None]:
+    """The rows to train and, where the recipe has any, those held out; all read, decoded, rendered
+    and counted, or found so by an earlier command.
 
-    Bad and overlong rows are skipped where `data` says so; otherwise all of them are named in one
-    `DataError`.
+    Raises `DataError` that names the bad and overlong rows the recipe does not let pass.
     """
-    rows, problems = read_sources(sources)
-    shown = track(
-        examine(encoder, rows, max_tokens=data.max_tokens, num_threads=os.cpu_count() or 1),
-        f"checking {what} rows",
-        total=len(rows),
+    data = recipe.data
+    train = _prepare(data.train, data, encoder, cache, console, "train")
+    if data.eval:
+        return train, _prepare(data.eval, data, encoder, cache, console, "eval")
+    if not data.eval_fraction:
+        return train, None
+    train, held_out = _carve(train, data)
+    console.print(
+        f"held out {len(held_out.rows):,} of {len(held_out.rows) + len(train.rows):,} rows "
+        f"(data.eval_fraction: {data.eval_fraction:g}, seed {data.eval_seed})"
+    )
+    return train, held_out
+
+
+def prepare_held_out(
+    recipe: Recipe, encoder: Encoder, cache: Path, console: Console
+) -> PreparedRows | None:
+    """The held-out rows alone, as `prepare_rows` gives them."""
+    if recipe.data.eval:
+        return _prepare(recipe.data.eval, recipe.data, encoder, cache, console, "eval")
+    return prepare_rows(recipe, encoder, cache, console)[1] if recipe.data.eval_fraction else None
+
+
+def open_sources(
+    entries: Sequence[DataSource], data: DataSection, cache: Path, console: Console
+) -> list[Source]:
+    """The entries of a recipe, opened, telling which format each was recognised as."""
+    sources = []
+    for entry in entries:
+        source = open_source(entry, data, cache)
+        if entry.format == "auto" and not entry.columns:
+            also = f" ({', '.join(source.reader.same_as)} reads it the same)"
+            console.print(
+                f"{source.container.shown}: {len(source):,} rows, format "
+                f"{source.reader.format_name}{also if source.reader.same_as else ''}",
+                soft_wrap=True,
+            )
+        sources.append(source)
+    return sources
+
+
+def open_streams(recipe: Recipe, cache: Path, console: Console) -> list[StreamSource]:
+    """The training entries of a recipe that streams them."""
+    streams = []
+    for entry in recipe.data.train:
+        stream = open_stream_source(entry, recipe.data, cache)
+        console.print(
+            f"{stream.stream.shown}: streamed, format {stream.reader.format_name}", soft_wrap=True
+        )
+        streams.append(stream)
+    return streams
+
+
+@contextmanager
+def progress(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal, and nothing elsewhere; gives the function to tell rows done and all."""
+    bar = Progress(
+        TextColumn(what),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
         console=console,
         disable=not console.is_terminal,
     )
-    usable: list[tuple[Row, RowCounts]] = []
-    for row, result in shown:
-        if isinstance(result, Problem):
-            problems.append(result)
-        else:
-            usable.append((row, result))
-    fatal = [p for p in problems if _policy(p, data) != "skip"]
-    if fatal:
-        bad = [p for p in fatal if not isinstance(p, Overlong)]
-        hint = "\nMend them, or set data.bad_rows: skip to leave bad rows out" if bad else ""
-        raise DataError(
-            summarise_problems(f"data.{what}", [str(problem) for problem in fatal]) + hint
-        )
-    if not usable:
-        raise DataError(
-            f"data.{what}: no usable row is left ({len(problems):,} skipped); nothing to work with"
-        )
-    return PreparedRows([row for row, _ in usable], [counts for _, counts in usable], problems)
+    with bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total or None)
 
 
-def _policy(problem: Problem, data: DataSection) -> str:
-    return data.overlong if isinstance(problem, Overlong) else data.bad_rows
+def _prepare(
+    entries: Sequence[DataSource],
+    data: DataSection,
+    encoder: Encoder,
+    cache: Path,
+    console: Console,
+    what: str,
+) -> PreparedRows:
+    sources = open_sources(entries, data, cache, console)
+    with progress(console, f"checking {what} rows") as on_progress:
+        examination, was_kept = examine_once(sources, encoder, cache, on_progress=on_progress)
+    if was_kept:
+        console.print(f"{what}: checked before, and the data files have not changed since")
+    refuse_fatal(examination, data, what)
+    usable = examination.usable()
+    num_in = len(examination.counts)
+    if not len(usable):
+        raise DataError(
+            f"data.{what}: no usable row is left ({num_in:,} skipped); nothing to work with"
+        )
+    console.print(f"{what}: {in_words(examination)}", soft_wrap=True)
+    return PreparedRows(Rows(sources, usable), examination.counts[usable], examination)
+
+
+def refuse_fatal(examination: Examination, data: DataSection, what: str) -> None:
+    """Raise `DataError` naming the rows that the recipe's policies do not let pass."""
+    fatal_kinds = {BAD: data.bad_rows != "skip", OVERLONG: data.overlong != "skip"}
+    num_fatal = sum(examination.num_of(state) for state, fatal in fatal_kinds.items() if fatal)
+    if not num_fatal:
+        return
+    findings = (
+        finding
+        for finding in examination.findings(*LEFT_OUT)
+        if fatal_kinds[BAD if finding.kind == "bad" else OVERLONG]
+    )
+    shown = [str(finding) for finding in itertools.islice(findings, FATAL_SHOWN)]
+    message = summarise_problems(f"data.{what}", shown, total=num_fatal)
+    if fatal_kinds[BAD] and examination.num_of(BAD):
+        message += "\nMend them, or set data.bad_rows: skip to leave bad rows out"
+    raise DataError(message)
+
+
+def in_words(examination: Examination) -> str:
+    """One line on some sources: rows in = usable + left out, what they cost, what was changed."""
+    counts = examination.counts
+    usable = counts[counts["state"] == USABLE]
+    tokens = int(usable["num_tokens"].sum())
+    learnt = int(usable["num_learnt_tokens"].sum())
+    bad, overlong = examination.num_of(BAD), examination.num_of(OVERLONG)
+    assert len(counts) == len(usable) + bad + overlong
+    changes = Counter(finding.group for finding in examination.findings(*CHANGED))
+    shortened = "".join(f"; {count:,} with {group}" for group, count in sorted(changes.items()))
+    return (
+        f"{len(counts):,} rows in = {len(usable):,} usable + {bad:,} bad + {overlong:,} too long"
+        f"{shortened}; {tokens:,} tokens, {learnt:,} of them learnt "
+        f"({learnt / max(tokens, 1):.0%}); {int(usable['num_views'].sum()):,} views"
+    )
+
+
+def write_lists(folder: Path, examinations: Sequence[Examination]) -> None:
+    """Write `skipped.jsonl`, the rows left out, and `changed.jsonl`, those made to fit, if any."""
+    run = RunDir(folder)
+    for path, kinds in ((run.skipped, LEFT_OUT), (run.changed, CHANGED)):
+        findings = [each.findings(*kinds) for each in examinations]
+        lines = itertools.chain.from_iterable(findings)
+        write_jsonl(path, ({"where": f.where, "reason": f.reason} for f in lines))
+    if not run.changed.stat().st_size:
+        run.changed.unlink()
+
+
+def _carve(train: PreparedRows, data: DataSection) -> tuple[PreparedRows, PreparedRows]:
+    """Training rows parted in those still trained and those held out."""
+    counts, examination = train.counts, train.examination
+    without = np.flatnonzero(counts["num_images"] == 0)
+    with_images = np.repeat(np.arange(len(counts)), counts["num_images"])
+    rows_of_keys = np.concatenate([with_images, without])
+    keys = np.concatenate([examination.image_keys, counts["row_key"][without]])
+    held = hold_out(len(counts), rows_of_keys, keys, data.eval_fraction, data.eval_seed)
+    numbers, sources = train.rows.numbers, train.rows.sources
+    return (
+        PreparedRows(Rows(sources, numbers[~held]), counts[~held], examination),
+        PreparedRows(Rows(sources, numbers[held]), counts[held], examination),
+    )

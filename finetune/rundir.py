@@ -21,6 +21,7 @@ class RunDir:
         self.environment = self.path / "environment.json"
         self.metrics = self.path / "metrics.jsonl"
         self.skipped = self.path / "skipped.jsonl"
+        self.changed = self.path / "changed.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
         self.evaluation = self.path / "evaluation"
@@ -164,7 +165,11 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write a line of JSON a row, whole or not at all."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    # a file's name may hold bytes that are no text, and stands in `where`
+    errors = "backslashreplace"
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", errors=errors) as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:

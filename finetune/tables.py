@@ -4,13 +4,15 @@ import math
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from finetune.data.examples import RowCounts
+from finetune.checking import Duplicates, Part
+from finetune.data.sampling import EpochSampler
+from finetune.preparation import PreparedRows
 from finetune.recipe import Recipe
 from finetune.rundir import RunDir, read_json, read_jsonl
 
@@ -71,36 +73,77 @@ def print_summary(run: RunDir, results: Console) -> None:
     )
 
 
-def dry_run_table(recipe: Recipe, counts: Sequence[RowCounts], num_held_out: int) -> Table:
-    """What a dry run found. `counts` are those of the training rows."""
+def dry_run_table(recipe: Recipe, train: PreparedRows, num_held_out: int) -> Table:
+    """What a dry run found."""
     table = Table(title="dry run: nothing was written", title_justify="left", show_header=False)
     table.add_column()
     table.add_column(overflow="fold")  # a path is of no use with its end cut off
     training = recipe.training
-    batches = math.ceil(len(counts) / training.batch_size)
+    an_epoch = len(EpochSampler(train.spans(), training.seed))
+    batches = math.ceil(an_epoch / training.batch_size)
     per_epoch = math.ceil(batches / training.gradient_accumulation)
     steps = training.max_steps or math.ceil((training.epochs or 1) * per_epoch)
-    longest = max(counts, key=lambda row: row.num_tokens)
+    longest = int(train.counts["num_tokens"].argmax())
+    counts = train.counts[longest]
     for name, value in (
         ("model", recipe.model.name),
-        ("train rows", f"{len(counts):,}"),
+        ("train rows", f"{len(train.rows):,}"),
+        ("rows an epoch", f"{an_epoch:,}"),
         ("held-out rows", f"{num_held_out:,}"),
         ("rows per step", f"{training.batch_size * training.gradient_accumulation:,} per device"),
         ("steps", f"{steps:,} on one device"),
-        ("longest row", f"{longest.num_tokens:,} tokens, {longest.num_views} views"),
-        ("its place", longest.where),
+        ("longest row", f"{counts['num_tokens']:,} tokens, {counts['num_views']} views"),
+        ("its place", train.rows[longest].where),
         ("run directory", recipe.output.dir),
     ):
         table.add_row(name, value)
     return table
 
 
-def counts_in_words(counts: Sequence[RowCounts], num_skipped: int) -> str:
-    """One line on a set of rows."""
-    tokens = sum(row.num_tokens for row in counts)
-    learnt = sum(row.num_learnt_tokens for row in counts)
-    views = sum(row.num_views for row in counts)
-    return (
-        f"{len(counts):,} rows, {num_skipped:,} skipped; {tokens:,} tokens, "
-        f"{learnt:,} of them learnt ({learnt / max(tokens, 1):.0%}); {views:,} views"
-    )
+def check_tables(parts: Sequence[Part], duplicates: Duplicates | None) -> Iterator[Table]:
+    """What a check found: figures, costly rows, and rows that training and judging share."""
+    figures = Table(title="rows", title_justify="left")
+    figures.add_column("")
+    for part in parts:
+        figures.add_column(part.name, justify="right")
+    for name, of in (
+        ("rows read", lambda part: part.num_rows),
+        ("usable", lambda part: part.num_usable),
+        ("bad", lambda part: part.num_bad),
+        ("too long", lambda part: part.num_overlong),
+        ("made to fit", lambda part: sum(part.changes.values())),
+        ("the same as a row before", lambda part: part.num_repeated),
+        ("turns", lambda part: part.num_turns),
+        ("pictures", lambda part: part.num_images),
+        ("views", lambda part: part.num_views),
+        ("tokens", lambda part: part.num_tokens),
+        ("tokens learnt", lambda part: part.num_learnt_tokens),
+    ):
+        figures.add_row(name, *(f"{of(part):,}" for part in parts))
+    shares = [part.num_learnt_tokens / max(part.num_tokens, 1) for part in parts]
+    figures.add_row("share learnt", *(f"{share:.1%}" for share in shares))
+    if duplicates:
+        for name, count in (
+            ("held out, picture in training", duplicates.num_same_image),
+            ("held out, question in training", duplicates.num_same_question),
+            ("held out, both in training", duplicates.num_same_both),
+        ):
+            figures.add_row(name, *[""] * (len(parts) - 1), f"{count:,}")
+    yield figures
+    costly = Table(title="costly rows", title_justify="left")
+    costly.add_column("")
+    costly.add_column("row", overflow="fold")
+    for column in ("tokens", "pictures", "views", "megapixels"):
+        costly.add_column(column, justify="right")
+    for part in parts:
+        for what, rows in (("longest", part.longest[:3]), ("heaviest", part.heaviest[:3])):
+            for row in rows:
+                costly.add_row(
+                    f"{part.name}, {what}",
+                    row.where,
+                    f"{row.num_tokens:,}",
+                    f"{row.num_images:,}",
+                    f"{row.num_views:,}",
+                    f"{row.megapixels:.2f}",
+                )
+    yield costly

@@ -1,11 +1,12 @@
 """`finetune train`: a recipe becomes a run directory."""
 
+import json
 from dataclasses import dataclass
-from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import load_peft_weights, set_peft_model_state_dict
 from rich.console import Console
@@ -13,7 +14,11 @@ from transformers import set_seed
 
 from finetune.callbacks import MetricsFile, ProgressDisplay, StopOnDivergence, StopOnSignal
 from finetune.data.collate import Collator
+from finetune.data.examination import BAD, OVERLONG, Examination, Finding
 from finetune.data.examples import Encoder
+from finetune.data.sampling import EpochSampler
+from finetune.data.sources import Rows, StreamSource
+from finetune.data.streaming import ExampleStream
 from finetune.environment import environment, peak_memory_gib
 from finetune.errors import ModelError, RecipeError, RunDirError, summarise_problems
 from finetune.judging import Judgement, judge
@@ -25,7 +30,14 @@ from finetune.model.load import (
     load_processor,
     quiet_libraries,
 )
-from finetune.preparation import PreparedRows, prepare_rows
+from finetune.preparation import (
+    PreparedRows,
+    cache_of,
+    open_streams,
+    prepare_held_out,
+    prepare_rows,
+    write_lists,
+)
 from finetune.recipe import Recipe, dump_recipe, load_recipe, recipe_warnings
 from finetune.report import write_report
 from finetune.rundir import (
@@ -36,34 +48,49 @@ from finetune.rundir import (
     read_jsonl,
     replacing,
     write_json,
-    write_jsonl,
     write_text,
 )
 from finetune.tables import (
-    counts_in_words,
     dry_run_table,
     messages_console,
     print_summary,
     results_console,
 )
-from finetune.trainer import VisionSFTTrainer, training_arguments
+from finetune.trainer import VisionSFTTrainer, read_stream_state, training_arguments
 
 INTERRUPTED = 130  # what a shell expects of a command that SIGINT ended
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything that is known before the weights are loaded."""
+    """Everything that is known before the weights are loaded.
+
+    `train` is None where the rows are streamed, and `streams` are empty where they are not.
+    """
 
     recipe: Recipe
     encoder: Encoder
-    train: PreparedRows
-    held_out: PreparedRows
+    train: PreparedRows | None
+    streams: list[StreamSource]
+    held_out: PreparedRows | None
+
+    def examinations(self) -> list[Examination]:
+        """Of train and eval entries; one, where the held-out rows were carved out of the first."""
+        both = [rows for rows in (self.train, self.held_out) if rows]
+        return list({id(rows.examination): rows.examination for rows in both}.values())
+
+    @property
+    def num_held_out(self) -> int:
+        """Rows to judge on."""
+        return len(self.held_out.rows) if self.held_out else 0
+
+    def num_left_out(self) -> int:
+        """Rows that were found to be bad or too long before training."""
+        return sum(e.num_of(BAD) + e.num_of(OVERLONG) for e in self.examinations())
 
     def digest(self) -> str:
-        """SHA-256 over the usable rows, texts and image paths, in their order."""
-        rows = [*self.train.rows, *self.held_out.rows]
-        return sha256("\n".join(repr(row.conversation) for row in rows).encode()).hexdigest()
+        """What the model will see of all rows, pictures included, as a digest."""
+        return "-".join(examination.digest() for examination in self.examinations())
 
 
 def train(
@@ -92,7 +119,10 @@ def train(
         check_run_dir(recipe.output.dir, resume=resume, overwrite=overwrite)
     prepared = prepare(recipe, console)
     if dry_run:
-        results.print(dry_run_table(recipe, prepared.train.counts, len(prepared.held_out.rows)))
+        if prepared.train:
+            results.print(dry_run_table(recipe, prepared.train, prepared.num_held_out))
+        else:
+            results.print("dry run: nothing was written; streamed rows are checked as they come")
         return 0
     if resume:
         refuse_another_run(prepared, RunDir(recipe.output.dir))
@@ -108,23 +138,23 @@ def train(
     )
     write_text(run.recipe, dump_recipe(recipe))
     write_json(run.environment, environment() | {"rows_sha256": prepared.digest()})
-    skipped = prepared.train.skipped + prepared.held_out.skipped
-    write_jsonl(run.skipped, ({"where": p.where, "reason": p.reason} for p in skipped))
+    if not (resume and prepared.streams):  # a stream adds to the lists as it goes
+        write_lists(run.path, prepared.examinations())
     return _train_and_judge(prepared, model, run, source, resume, console, results)
 
 
 def prepare(recipe: Recipe, console: Console) -> Prepared:
     """Read and examine all rows with the model's own processor."""
     _, family = load_config(recipe.model)
-    encoder = Encoder(load_processor(recipe.model, recipe.images), family, recipe.images)
-    train_rows = prepare_rows(recipe.data.train, recipe.data, encoder, console, "train")
-    held_out = PreparedRows([], [])
-    if recipe.data.eval:
-        held_out = prepare_rows(recipe.data.eval, recipe.data, encoder, console, "eval")
-    for what, rows in (("train", train_rows), ("held-out", held_out)):
-        if rows.rows or rows.skipped:
-            console.print(f"{what}: {counts_in_words(rows.counts, len(rows.skipped))}")
-    return Prepared(recipe, encoder, train_rows, held_out)
+    processor = load_processor(recipe.model, recipe.images)
+    encoder = Encoder.of_recipe(processor, family, recipe.images, recipe.data)
+    cache = cache_of(recipe.output.dir)
+    if any(source.streaming for source in recipe.data.train):
+        streams = open_streams(recipe, cache, console)
+        held_out = prepare_held_out(recipe, encoder, cache, console)
+        return Prepared(recipe, encoder, None, streams, held_out)
+    train_rows, held_out = prepare_rows(recipe, encoder, cache, console)
+    return Prepared(recipe, encoder, train_rows, [], held_out)
 
 
 def refuse_what_cannot_run(recipe: Recipe, source: str) -> None:
@@ -132,15 +162,13 @@ def refuse_what_cannot_run(recipe: Recipe, source: str) -> None:
 
     None of them is passed over in silence.
     """
-    adapter, training, data = recipe.adapter, recipe.training, recipe.data
+    adapter, training = recipe.adapter, recipe.training
     unbuilt = {
         f"model.quantize: {recipe.model.quantize}": recipe.model.quantize != "none",
         f"adapter.method: {adapter.method}": adapter.method not in ("lora", "dora", "rslora"),
         "training.learning_rate by part": isinstance(training.learning_rate, dict),
         "training.packing": training.packing,
         "training.vision_cache": training.vision_cache != "off",
-        f"data.overlong: {data.overlong}": data.overlong not in ("stop", "skip"),
-        "data.*.weight other than 1": any(s.weight != 1 for s in (*data.train, *data.eval)),
     }
     problems = [
         f"{setting}: not available in this version" for setting, used in unbuilt.items() if used
@@ -203,20 +231,25 @@ def _train_and_judge(
         # Trained to the end and killed afterwards: the trainer would take one step too many
         set_peft_model_state_dict(model, load_peft_weights(str(checkpoint), device="cpu"))
         model.to(best_device())
+        num_streamed = read_stream_state(checkpoint, 0)[1] if prepared.streams else {}
     else:
         stop = StopOnSignal(console)
-        steps, max_steps = _run_trainer(prepared, model, run, checkpoint, stop, console)
+        trainer = _run_trainer(prepared, model, run, checkpoint, stop, console)
+        num_streamed = trainer.num_streamed
         if stop.stopped:
             console.print(
-                f"stopped at step {steps} of {max_steps}; go on with: finetune train {source} "
-                "--resume",
+                f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; "
+                f"go on with: finetune train {source} --resume",
                 soft_wrap=True,
             )
             return INTERRUPTED
+    if prepared.streams:
+        taken, trained, left = (num_streamed[key] for key in ("taken", "trained", "left out"))
+        console.print(f"stream: {taken:,} rows taken = {trained:,} trained + {left:,} left out")
     with replacing(run.adapter) as folder:
         save_adapter(model, encoder.processor, recipe, folder)
     judgement = Judgement({}, {}, 0)
-    if prepared.held_out.rows:
+    if prepared.held_out:
         judgement = judge(model, encoder, prepared.held_out.rows, recipe.evaluation, run, console)
     logged = [line for line in read_jsonl(run.metrics) if "loss" in line]
     write_json(
@@ -227,8 +260,10 @@ def _train_and_judge(
             "base": judgement.base,
             "adapter": judgement.adapter,
             "num_eval_rows": judgement.num_rows,
-            "num_train_rows": len(prepared.train.rows),
-            "num_skipped_rows": len(prepared.train.skipped) + len(prepared.held_out.skipped),
+            "num_train_rows": len(prepared.train.rows)
+            if prepared.train
+            else num_streamed["trained"],
+            "num_skipped_rows": prepared.num_left_out() + num_streamed.get("left out", 0),
             "steps": logged[-1]["step"],
             "train_seconds": logged[-1]["seconds"],
             "samples_per_second": round(logged[-1]["samples"] / logged[-1]["seconds"], 3),
@@ -250,16 +285,25 @@ def _run_trainer(
     checkpoint: Path | None,
     stop: StopOnSignal,
     console: Console,
-) -> tuple[int, int]:
-    """Train; the steps done and the steps planned, which differ where a signal stopped it."""
+) -> VisionSFTTrainer:
+    """Train; the trainer, whose step falls short of its last one where a signal stopped it."""
     metrics, display = MetricsFile(run), ProgressDisplay(console)
+    rows = prepared.train.rows if prepared.train else Rows((), np.zeros(0, np.int64))
+    held_out = prepared.held_out
     trainer = VisionSFTTrainer(
         model,
-        training_arguments(prepared.recipe, run, num_eval_rows=len(prepared.held_out.rows)),
-        Collator(prepared.encoder, [*prepared.train.rows, *prepared.held_out.rows]),
-        num_train_rows=len(prepared.train.rows),
+        training_arguments(prepared.recipe, run, num_eval_rows=prepared.num_held_out),
+        Collator(prepared.encoder, rows + held_out.rows if held_out else rows),
+        EpochSampler(
+            prepared.train.spans() if prepared.train else [], prepared.recipe.training.seed
+        ),
+        num_train_rows=len(rows),
+        stream=_stream(prepared) if prepared.streams else None,
+        on_findings=FindingsLists(run).add,
         callbacks=[metrics, StopOnDivergence(), display, stop],
     )
+    if checkpoint:
+        trainer.go_on_with_stream(checkpoint)
     metrics.trainer = trainer
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -272,7 +316,43 @@ def _run_trainer(
     finally:
         display.close()  # or the terminal is left without a cursor
         stop.release()
-    return trainer.state.global_step, trainer.state.max_steps
+    return trainer
+
+
+def _stream(prepared: Prepared) -> ExampleStream:
+    data = prepared.recipe.data
+    return ExampleStream(
+        prepared.streams,
+        prepared.encoder,
+        seed=prepared.recipe.training.seed,
+        skip_bad=data.bad_rows == "skip",
+        skip_overlong=data.overlong == "skip",
+    )
+
+
+class FindingsLists:
+    """skipped.jsonl and changed.jsonl of a run whose rows are streamed, written as it goes.
+
+    A row is listed once, though a resumed run comes by it again, and so does every epoch.
+    """
+
+    def __init__(self, run: RunDir):
+        self.run = run
+        self._listed = {
+            path: {line["where"] for line in read_jsonl(path)}
+            for path in (run.skipped, run.changed)
+        }
+
+    def add(self, findings: list[Finding]) -> None:
+        """List those that are not yet listed."""
+        for finding in findings:
+            path = self.run.changed if finding.kind == "changed" else self.run.skipped
+            if finding.where in self._listed[path]:
+                continue
+            self._listed[path].add(finding.where)
+            with path.open("a", encoding="utf-8") as file:
+                line = {"where": finding.where, "reason": finding.reason}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def _bytes_on_disk(model: Any, recipe: Recipe) -> int:

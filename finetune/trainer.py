@@ -1,18 +1,25 @@
 """TRL's `SFTTrainer` on our batches: only what changes, each with its reason."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from finetune.data.collate import Collator
+from finetune.data.examination import Finding
+from finetune.data.sampling import EpochSampler
+from finetune.data.streaming import ExampleStream, Position, StreamCollator
+from finetune.errors import RunDirError
 from finetune.model.adapters import require_grad_on_language_inputs_only
 from finetune.recipe import Recipe
-from finetune.rundir import RunDir
+from finetune.rundir import RunDir, read_json, write_json
 
 
 class VisionSFTTrainer(SFTTrainer):
@@ -25,36 +32,107 @@ class VisionSFTTrainer(SFTTrainer):
         model: Any,
         args: SFTConfig,
         collator: Collator,
+        sampler: EpochSampler,
         *,
         num_train_rows: int,
+        stream: ExampleStream | None = None,
+        on_findings: Callable[[list[Finding]], None] = lambda findings: None,
         callbacks: Sequence[TrainerCallback] = (),
     ):
+        """`num_train_rows` of the collator's rows are trained, the others held out. With a
+        `stream` it is trained instead, and `on_findings` is told what was left out of it.
+        """
         num_rows = len(collator.rows)
         # The dataset holds row numbers, so that rows stay as they were read and TRL's own
         # preparation (which looks for images in the first row alone, and cuts at max_length) has
         # nothing to prepare.
-        numbers = Dataset.from_dict({"row": list(range(num_rows))})
+        numbers = Dataset.from_dict({"row": np.arange(num_rows)})
         held_out = (
             numbers.select(range(num_train_rows, num_rows)) if num_rows > num_train_rows else None
         )
         self.num_samples_seen = 0
+        self.sampler = sampler
+        self.stream = stream
+        self.on_findings = on_findings
+        self.num_streamed = {"taken": 0, "trained": 0, "left out": 0}
         # Before TRL sees the model: it asks for gradients on every embedding as soon as it does
         require_grad_on_language_inputs_only(model.get_base_model())
         super().__init__(
             model=model,
             args=args,
             data_collator=collator,
-            train_dataset=numbers.select(range(num_train_rows)),
+            # of a stream nothing is known beforehand, so TRL is shown a stand-in
+            train_dataset=Dataset.from_dict({"row": [0]})
+            if stream
+            else numbers.select(range(num_train_rows)),
             eval_dataset=held_out,
             processing_class=collator.encoder.processor,
             callbacks=list(callbacks),
         )
         self.remove_callback(PrinterCallback)  # standard output is for results
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        """Ours: rows by their weights, in an order that depends on seed and epoch alone."""
+        return self.sampler
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Of a stream, one that accelerate leaves alone: each process has its own rows already."""
+        if not self.stream:
+            return super().get_train_dataloader()
+        return DataLoader(
+            self.stream,
+            batch_size=self.args.per_device_train_batch_size,
+            collate_fn=StreamCollator(self.processing_class),
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+
+    def go_on_with_stream(self, checkpoint: Path) -> None:
+        """Let every loading process start where it was at the checkpoint; nothing without a stream.
+
+        Raises `RunDirError` where the checkpoint was written by another number of processes, among
+        which the rows were shared out otherwise.
+        """
+        if not self.stream:
+            return
+        per_rank, rank = max(self.args.dataloader_num_workers, 1), self.args.process_index
+        positions, self.num_streamed = read_stream_state(checkpoint, rank)
+        num_ranks = len(list(checkpoint.glob("stream-*.json")))
+        known = set(range(rank * per_rank, (rank + 1) * per_rank))
+        if num_ranks != self.args.world_size or not positions.keys() <= known:
+            raise RunDirError(
+                f"{checkpoint}: was written with another number of loading or training processes; "
+                "resume with the same training.num_workers and as many devices"
+            )
+        self.stream.positions = positions
+
+    def _take_note(self, told: dict[str, Any], num_trained: int) -> None:
+        assert self.stream
+        self.stream.positions[told["consumer"]] = Position.from_json(told["position"])
+        left_out = sum(finding.kind != "changed" for finding in told["findings"])
+        for name, count in (
+            ("taken", told["num_taken"]),
+            ("trained", num_trained),
+            ("left out", left_out),
+        ):
+            self.num_streamed[name] += count
+        self.on_findings(told["findings"])
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """The stock one; what a stream needs to go on is written first, since the file that makes
+        a checkpoint whole comes last.
+        """
+        if self.stream:
+            folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+            write_stream_state(folder, self.stream, self.args.process_index, self.num_streamed)
+        super()._save_checkpoint(*args, **kwargs)
+
     def training_step(
         self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         """TRL's, and the samples are counted."""
+        if told := inputs.pop("stream", None):
+            self._take_note(told, len(inputs["input_ids"]))
         self.num_samples_seen += len(inputs["input_ids"]) * self.args.world_size
         return super().training_step(model, inputs, *args, **kwargs)
 
@@ -62,6 +140,21 @@ class VisionSFTTrainer(SFTTrainer):
         """Nothing: TRL would write an empty card beside every checkpoint; `push` makes one that
         says something.
         """
+
+
+def write_stream_state(
+    checkpoint: Path, stream: ExampleStream, rank: int, num_streamed: dict[str, int]
+) -> None:
+    """How far each loading process of this training process has come."""
+    positions = {str(number): p.to_json() for number, p in stream.positions.items()}
+    write_json(checkpoint / f"stream-{rank}.json", {"positions": positions, "rows": num_streamed})
+
+
+def read_stream_state(checkpoint: Path, rank: int) -> tuple[dict[int, Position], dict[str, int]]:
+    """What `write_stream_state` wrote: positions by loading process, and rows counted."""
+    state = read_json(checkpoint / f"stream-{rank}.json")
+    positions = {int(n): Position.from_json(value) for n, value in state["positions"].items()}
+    return positions, state["rows"]
 
 
 def training_arguments(recipe: Recipe, run: RunDir, *, num_eval_rows: int) -> SFTConfig:
@@ -95,6 +188,7 @@ def training_arguments(recipe: Recipe, run: RunDir, *, num_eval_rows: int) -> SF
         logging_nan_inf_filter=False,  # or a diverged run is logged with a loss of zero
         save_steps=training.save_steps,
         save_total_limit=training.keep_checkpoints,
+        ignore_data_skip=any(source.streaming for source in recipe.data.train),  # it skips itself
         eval_strategy="steps" if num_eval_rows else "no",
         eval_steps=recipe.evaluation.every_steps,
         prediction_loss_only=True,  # or TRL keeps the logits of all held-out rows

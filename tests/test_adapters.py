@@ -5,6 +5,7 @@ import torch
 
 from finetune.data.collate import collate
 from finetune.data.examples import Encoder
+from finetune.data.images import ImageAccess
 from finetune.data.sources import Row
 from finetune.errors import ModelError
 from finetune.families import FAMILIES
@@ -85,7 +86,7 @@ def batch(encoder: Encoder, picture: Any, tmp_path: Any) -> dict[str, torch.Tens
     from data_formats.chat import parse_chat
 
     picture(112, 56).save(tmp_path / "a.png")
-    row = Row("rows.jsonl:1", parse_chat(chat_row("What?", "A1", "a.png")), tmp_path)
+    row = Row("rows.jsonl:1", parse_chat(chat_row("What?", "A1", "a.png")), ImageAccess(tmp_path))
     return collate([encoder.encode(row)] * 2, encoder.processor)
 
 

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from data_formats.chat import parse_chat
 from finetune.data.collate import IGNORED_LABEL, Collator, collate
 from finetune.data.examples import Encoder, Example
+from finetune.data.images import ImageAccess, load_image
 from finetune.data.sources import Row
 from finetune.errors import DataError
 from finetune.families import FAMILIES
@@ -29,7 +30,7 @@ def rows(tmp_path: Path, picture: Any) -> list[Row]:
         ("And this one?", "B", ["4.png"]),
     ]
     return [
-        Row(f"rows.jsonl:{i + 1}", parse_chat(chat_row(q, a, *files)), tmp_path)
+        Row(f"rows.jsonl:{i + 1}", parse_chat(chat_row(q, a, *files)), ImageAccess(tmp_path))
         for i, (q, a, files) in enumerate(specs)
     ]
 
@@ -66,8 +67,6 @@ def test_a_batch_gives_each_row_the_loss_it_has_alone(
 
 def test_tensors_are_the_processors(encoder: Encoder, rows: list[Row]) -> None:
     """One batch of rows with images, against the library's processor on the same pictures."""
-    from finetune.data.images import load_image
-
     processor, chosen = encoder.processor, [rows[0], rows[2], rows[3]]
     ours = collate([encoder.encode(row) for row in chosen], processor, padding_side="left")
     messages, pictures = [], []
@@ -81,7 +80,7 @@ def test_tensors_are_the_processors(encoder: Encoder, rows: list[Row]) -> None:
             ]
         )
         pictures.append(
-            [load_image(part.source, row.image_root) for part in row.conversation.images()]
+            [load_image(part.source, row.image_access) for part in row.conversation.images()]
         )
     texts = processor.apply_chat_template(messages, tokenize=False)
     stock = processor(
@@ -123,7 +122,7 @@ def test_an_image_that_broke_after_the_check_names_its_row(
 ) -> None:
     collator = Collator(encoder, rows)
     (tmp_path / "4.png").write_bytes(b"gone")
-    with pytest.raises(DataError, match=r"^rows\.jsonl:4: image '4\.png' is no image"):
+    with pytest.raises(DataError, match=r"^rows\.jsonl:4: image '4\.png' is text, not an image"):
         collator([{"row": 0}, {"row": 3}])
 
 

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from data_formats.chat import parse_chat
 from finetune.data.examples import Encoder
+from finetune.data.images import ImageAccess
 from finetune.data.sources import Row
 from finetune.families import FAMILIES
 from finetune.judging import judge
@@ -35,7 +36,7 @@ def rows(tmp_path: Path, picture: Any) -> list[Row]:
         for k, file in enumerate(files):
             picture(56 + 28 * k, 42 + 14 * i, seed=i).save(tmp_path / file)
         row = parse_chat(chat_row(question, f"answer {i}", *files))
-        rows.append(Row(f"eval.jsonl:{i + 1}", row, tmp_path))
+        rows.append(Row(f"eval.jsonl:{i + 1}", row, ImageAccess(tmp_path)))
     return rows
 
 

@@ -299,7 +299,7 @@ def break_no_assistant(folder: Path) -> None:
 BAD_ROWS = {
     "missing image": (break_missing_image, r"train\.jsonl:4: image 'train3\.png' not found"),
     "truncated image": (break_truncated_image, r"train\.jsonl:4: image 'train3\.png' is cut short"),
-    "malformed JSON": (break_json, r"train\.jsonl:4: is not JSON: .* at column"),
+    "malformed JSON": (break_json, r"train\.jsonl:4: is cut short after column"),
     "no assistant": (break_no_assistant, r"train\.jsonl:4: has no assistant turn"),
 }
 
@@ -352,7 +352,7 @@ def test_all_rows_bad_is_an_error_even_where_they_are_skipped(
     recipe = dataset()
     (tmp_path / "train.jsonl").write_text("{}\n{}\n")
     with pytest.raises(DataError, match="no usable row is left"):
-        train(str(recipe), ["data.bad_rows=skip"])
+        train(str(recipe), ["data.bad_rows=skip", "data.train.0.format=chat"])
 
 
 def test_a_model_folder_without_weights_is_refused_before_anything_is_written(
@@ -377,8 +377,6 @@ def test_a_model_folder_without_weights_is_refused_before_anything_is_written(
         "adapter.method=full",
         "training.packing=true",
         "training.vision_cache=1GiB",
-        "data.overlong=drop_turns",
-        "data.train.0.weight=2",
     ],
 )
 def test_a_setting_that_is_not_built_yet_is_refused_rather_than_ignored(
@@ -401,7 +399,9 @@ def test_other_adapters_train_too_on_a_bfloat16_base(
     dataset: Callable[..., Path], tmp_path: Path, method: str
 ) -> None:
     recipe = dataset(model={"dtype": "bfloat16"}, adapter={"method": method})
-    assert train(str(recipe), ["training.gradient_checkpointing=true"]) == 0
+    # one batch of all rows, so that the losses are of the same ones
+    settings = ["training.gradient_checkpointing=true", "training.batch_size=12"]
+    assert train(str(recipe), settings) == 0
     losses = [m["loss"] for m in read_jsonl(RunDir(tmp_path / "run").metrics) if "loss" in m]
     assert losses[-1] < losses[0]
 

@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 
 from finetune.data.collate import Collator, collate
+from finetune.data.sampling import EpochSampler
 from finetune.model.adapters import add_adapter
 from finetune.model.load import load_model
 from finetune.recipe import load_recipe
@@ -25,11 +26,14 @@ def trainer(dataset: Callable[..., Path], tmp_path: Path) -> Callable[..., Visio
     def make(**training: Any) -> VisionSFTTrainer:
         recipe = load_recipe(dataset(adapter={"dropout": 0.0}, training=training))
         prepared = prepare(recipe, Console(quiet=True))
+        assert prepared.train
+        assert prepared.held_out
         model, family = load_model(recipe.model)
         return VisionSFTTrainer(
             add_adapter(model, family, recipe.adapter, "nano"),
             training_arguments(recipe, RunDir(tmp_path / "run"), num_eval_rows=4),
-            Collator(prepared.encoder, [*prepared.train.rows, *prepared.held_out.rows]),
+            Collator(prepared.encoder, prepared.train.rows + prepared.held_out.rows),
+            EpochSampler(prepared.train.spans(), recipe.training.seed),
             num_train_rows=len(prepared.train.rows),
         )
 

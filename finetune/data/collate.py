@@ -85,6 +85,14 @@ def _stack_views(
     return {"pixel_values": pixels_BNCHW, "pixel_attention_mask": mask_BNHW}
 
 
+def leave_interrupts_to_the_main_process() -> None:
+    """In a loading process: Ctrl-C reaches every process of the terminal, but the main one stops in
+    good order, and needs its loaders until then.
+    """
+    if get_worker_info() is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class Collator:
     """The trainer's collator: its dataset holds row numbers, and the rows are encoded here, in the
     loading process.
@@ -98,15 +106,14 @@ class Collator:
         """A batch of the rows whose numbers are given as `row`. Raises `DataError`, naming the
         row.
         """
-        if get_worker_info() is not None:
-            # Ctrl-C reaches every process of the terminal; the main one stops in good order, and
-            # needs its loaders until then
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        leave_interrupts_to_the_main_process()
         examples = []
         for feature in features:
             row = self.rows[feature["row"]]
             try:
                 examples.append(self.encoder.encode(row))
             except DataError as error:  # checked before training, so a file changed since
-                raise DataError(f"{row.where}: {error}") from error
+                raise DataError(
+                    f"{row.where}: {error} (it was checked, and changed since then)"
+                ) from error
         return collate(examples, self.encoder.processor)

@@ -1,22 +1,33 @@
-"""Rows -> examples: the token ids, loss mask and views of one row; and the reasons why a row cannot
-become one.
+"""Rows -> examples: the token ids, loss mask and views of one row, what it costs, and the reasons
+why a row cannot become one.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
+from xxhash import xxh3_64_intdigest
 
 from data_formats.chat import Conversation
 from finetune.data.images import View, cut_view, load_image, plan_views
-from finetune.data.render import render, render_prompt
-from finetune.data.sources import Problem, Row
+from finetune.data.render import Rendered, Renderer
+from finetune.data.shorten import Shortened, with_fewer_views, without_oldest_exchanges
+from finetune.data.sources import Row
 from finetune.errors import DataError
 from finetune.families.family import Family
-from finetune.recipe import ImagesSection
+from finetune.recipe import DataSection, ImagesSection
+
+Overlong = Literal["stop", "skip", "drop_turns", "fewer_views"]
+
+
+class OverlongError(DataError):
+    """A row over `data.max_tokens`, which `data.overlong` decides about rather than
+    `data.bad_rows`.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,71 +44,186 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class RowCounts:
-    """What a row costs, without its pixels."""
+    """What a row costs, and keys to find it again by, without its pixels.
 
-    where: str
+    Keys are 64-bit digests: of everything the model sees, of what is asked, and of each image's
+    pixels. `kind` and `change` say how an overlong row was made to fit, and are empty otherwise.
+    """
+
     num_tokens: int
     num_learnt_tokens: int
+    num_turns: int
     num_images: int
     num_views: int
+    num_view_pixels: int
+    row_key: int
+    question_key: int
+    image_keys: tuple[int, ...]
+    kind: str = ""
+    change: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A row as it is trained: what is left of it, the plan of each image left, and its ids."""
+
+    conversation: Conversation
+    image_numbers: Sequence[int]
+    plans: list[list[View]]
+    rendered: Rendered
+    kind: str = ""
+    change: str = ""
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns rows into examples with one processor and one set of image settings."""
+    """Turns rows into examples with one processor and one set of image settings.
+
+    Rows over `max_tokens` are made to fit as `overlong` says, or refused.
+    """
 
     processor: Any
     family: Family
     images: ImagesSection
+    max_tokens: int | None = None
+    overlong: Overlong = "stop"
+
+    @classmethod
+    def of_recipe(
+        cls, processor: Any, family: Family, images: ImagesSection, data: DataSection
+    ) -> "Encoder":
+        """The encoder that a recipe's settings make."""
+        return cls(processor, family, images, data.max_tokens, data.overlong)
+
+    @cached_property
+    def renderer(self) -> Renderer:
+        """Renders for this processor."""
+        return Renderer(self.processor, self.family)
 
     def encode(self, row: Row) -> Example:
         """The row with everything in it, to be learnt from. Raises `DataError`."""
-        images, plans = self._load(row, row.conversation)
-        rendered = render(self.processor, self.family, row.conversation, [len(p) for p in plans])
-        return Example(row.where, rendered.input_ids, rendered.loss_mask, self._cut(images, plans))
+        return self.encode_fitted(row)[0]
+
+    def encode_fitted(self, row: Row) -> tuple[Example, Fitted]:
+        """As `encode`, and what had to be done to the row for it to fit."""
+        images = _load_images(row)
+        fitted = self._fit(row.conversation, [image.size for image in images])
+        views = self._cut([images[i] for i in fitted.image_numbers], fitted.plans)
+        rendered = fitted.rendered
+        return Example(row.where, rendered.input_ids, rendered.loss_mask, views), fitted
 
     def encode_prompt(self, row: Row) -> Example:
         """The row up to its last answer, to be answered; nothing is learnt. Raises `DataError`."""
-        conversation = row.conversation.before_last_answer()
-        images, plans = self._load(row, conversation)
-        ids = render_prompt(self.processor, self.family, conversation, [len(p) for p in plans])
-        return Example(row.where, ids, [False] * len(ids), self._cut(images, plans))
+        images = _load_images(row)
+        fitted = self._fit(row.conversation, [image.size for image in images])
+        prompt = fitted.conversation.before_last_answer()
+        num_images = sum(1 for _ in prompt.images())
+        plans = fitted.plans[:num_images]
+        ids = self.renderer.render_prompt(prompt, [len(plan) for plan in plans])
+        shown = [images[i] for i in fitted.image_numbers[:num_images]]
+        return Example(row.where, ids, [False] * len(ids), self._cut(shown, plans))
 
-    def count(self, row: Row) -> RowCounts:
-        """What the row costs; every image is decoded, so a row that can be counted can be trained.
-        Raises `DataError`.
+    def count_many(self, rows: Sequence[Row]) -> list[RowCounts | DataError]:
+        """What each row costs, or why it cannot be trained; every image is decoded, so a row that
+        can be counted can be trained.
         """
-        _, plans = self._load(row, row.conversation)
-        rendered = render(self.processor, self.family, row.conversation, [len(p) for p in plans])
-        return RowCounts(
-            where=row.where,
-            num_tokens=len(rendered.input_ids),
-            num_learnt_tokens=sum(rendered.loss_mask),
-            num_images=len(plans),
-            num_views=sum(len(plan) for plan in plans),
+        results: list[RowCounts | DataError | None] = [None] * len(rows)
+        loaded: list[tuple[int, list[tuple[int, int]], tuple[int, ...], list[list[View]]]] = []
+        for i, row in enumerate(rows):
+            try:
+                sizes, keys = _measure_images(row)
+                loaded.append((i, sizes, keys, self._plan(row.conversation, sizes)))
+            except DataError as error:
+                results[i] = error
+        rendered = self.renderer.render_many(
+            [(rows[i].conversation, [len(plan) for plan in plans]) for i, _, _, plans in loaded]
         )
+        for (i, sizes, keys, plans), each in zip(loaded, rendered, strict=True):
+            try:
+                if isinstance(each, DataError):
+                    raise each
+                fitted = self._fit_rendered(rows[i].conversation, sizes, plans, each)
+                results[i] = _counts(fitted, keys)
+            except DataError as error:
+                results[i] = error
+        return [result for result in results if result is not None]
 
-    def _load(
-        self, row: Row, conversation: Conversation
-    ) -> tuple[list[Image.Image], list[list[View]]]:
-        images, plans = [], []
-        for part in conversation.images():
-            image = load_image(part.source, row.image_root)
+    def _plan(
+        self,
+        conversation: Conversation,
+        sizes_px: Sequence[tuple[int, int]],
+        unsplit: frozenset[int] = frozenset(),
+    ) -> list[list[View]]:
+        """The views of each image. Raises `DataError`, naming the image that cannot be shown."""
+        plans = []
+        for i, (part, size) in enumerate(zip(conversation.images(), sizes_px, strict=True)):
             try:
                 plan = plan_views(
-                    *image.size,
-                    split=self.images.split,
+                    *size,
+                    split="never" if i in unsplit else self.images.split,
                     shortest_edge_px=self.images.shortest_edge_px,
                     longest_edge_px=self.images.longest_edge_px,
                 )
             except DataError as error:
                 name = repr(part.source) if isinstance(part.source, str) else "(bytes in the row)"
                 raise DataError(f"image {name[:80]} {error}") from error
-            images.append(image)
             plans.append(plan)
-        return images, plans
+        return plans
 
-    def _cut(self, images: list[Image.Image], plans: list[list[View]]) -> list[np.ndarray]:
+    def _fit(self, conversation: Conversation, sizes_px: Sequence[tuple[int, int]]) -> Fitted:
+        plans = self._plan(conversation, sizes_px)
+        rendered = self.renderer.render(conversation, [len(plan) for plan in plans])
+        return self._fit_rendered(conversation, sizes_px, plans, rendered)
+
+    def _fit_rendered(
+        self,
+        conversation: Conversation,
+        sizes_px: Sequence[tuple[int, int]],
+        plans: list[list[View]],
+        rendered: Rendered,
+    ) -> Fitted:
+        """The row as it is, or shortened until it fits. Raises `OverlongError` where it cannot."""
+        if self.max_tokens is None or len(rendered.input_ids) <= self.max_tokens:
+            return Fitted(conversation, range(len(plans)), plans, rendered)
+        for shorter in self._ways_to_shorten(conversation, sizes_px, plans):
+            kept = [sizes_px[i] for i in shorter.image_numbers]
+            left = self._plan(shorter.conversation, kept, shorter.unsplit)
+            ids = self.renderer.render(shorter.conversation, [len(plan) for plan in left])
+            if len(ids.input_ids) <= self.max_tokens:
+                numbers = shorter.image_numbers
+                kind, change = shorter.kind, shorter.change
+                return Fitted(shorter.conversation, numbers, left, ids, kind, change)
+        raise OverlongError(self._too_long(len(rendered.input_ids), plans))
+
+    def _ways_to_shorten(
+        self,
+        conversation: Conversation,
+        sizes_px: Sequence[tuple[int, int]],
+        plans: Sequence[Sequence[View]],
+    ) -> Iterator[Shortened]:
+        if self.overlong == "drop_turns":
+            yield from without_oldest_exchanges(conversation)
+        if self.overlong == "fewer_views":
+            yield from with_fewer_views(conversation, sizes_px, [len(plan) for plan in plans])
+
+    def _too_long(self, num_tokens: int, plans: Sequence[Sequence[View]]) -> str:
+        num_views = sum(len(plan) for plan in plans)
+        found = f"is too long ({num_tokens:,} > {self.max_tokens:,} tokens, {num_views:,} views)"
+        todo = {
+            "drop_turns": "even its last exchange alone; raise data.max_tokens, or set "
+            "images.split: never",
+            "fewer_views": "even with every picture in one view; raise data.max_tokens",
+        }
+        default = (
+            "raise data.max_tokens, set images.split: never, or set data.overlong: skip, "
+            "drop_turns or fewer_views"
+        )
+        joint = ", " if self.overlong in todo else "; "
+        return found + joint + todo.get(self.overlong, default)
+
+    def _cut(
+        self, images: Sequence[Image.Image], plans: Sequence[Sequence[View]]
+    ) -> list[np.ndarray]:
         resample = Image.Resampling(self.processor.image_processor.resample)
         return [
             cut_view(image, view, resample)
@@ -106,48 +232,37 @@ class Encoder:
         ]
 
 
-def examine(
-    encoder: Encoder, rows: Sequence[Row], *, max_tokens: int, num_threads: int
-) -> Iterator[tuple[Row, RowCounts | Problem]]:
-    """Each row with its counts, or with the reason why it cannot be trained; in order, decoding in
-    threads.
-    """
-
-    def check(row: Row) -> RowCounts | Problem:
-        try:
-            counts = encoder.count(row)
-        except DataError as error:
-            return Problem(row.where, str(error))
-        if counts.num_tokens > max_tokens:
-            return Overlong(
-                row.where,
-                f"is too long ({counts.num_tokens:,} > {max_tokens:,} tokens, {counts.num_views} "
-                "views); "
-                "raise data.max_tokens, make images smaller or set images.split: never, "
-                "or set data.overlong: skip",
-            )
-        return counts
-
-    with ThreadPoolExecutor(num_threads) as threads:
-        yield from zip(rows, _in_windows(threads, check, rows), strict=True)
+def _load_images(row: Row) -> list[Image.Image]:
+    return [load_image(part.source, row.image_access) for part in row.conversation.images()]
 
 
-class Overlong(Problem):
-    """A row over `data.max_tokens`, which `data.overlong` decides about rather than
-    `data.bad_rows`.
-    """
+def _measure_images(row: Row) -> tuple[list[tuple[int, int]], tuple[int, ...]]:
+    """Size and key of each image; the pixels are let go of one image after the other."""
+    sizes, keys = [], []
+    for part in row.conversation.images():
+        image = load_image(part.source, row.image_access)
+        sizes.append(image.size)
+        # of the pixels, since the same picture comes in files with other metadata
+        keys.append(xxh3_64_intdigest(image.tobytes(), seed=image.width))
+    return sizes, tuple(keys)
 
 
-def _in_windows(
-    threads: ThreadPoolExecutor, check: Any, rows: Iterable[Row], window: int = 256
-) -> Iterator[RowCounts | Problem]:
-    """Results in order; a window at a time, so that a broken-off check leaves no queue of work
-    behind.
-    """
-    pending: list[Row] = []
-    for row in rows:
-        pending.append(row)
-        if len(pending) == window:
-            yield from threads.map(check, pending)
-            pending = []
-    yield from threads.map(check, pending)
+def _counts(fitted: Fitted, image_keys: tuple[int, ...]) -> RowCounts:
+    ids, mask = fitted.rendered.input_ids, fitted.rendered.loss_mask
+    messages = fitted.conversation.messages
+    keys = tuple(image_keys[i] for i in fitted.image_numbers)
+    asked = " ".join(m.text for m in messages if m.role == "user").casefold().split()
+    seen = array("q", ids).tobytes() + array("Q", keys).tobytes()
+    return RowCounts(
+        num_tokens=len(ids),
+        num_learnt_tokens=sum(mask),
+        num_turns=len(messages),
+        num_images=len(keys),
+        num_views=sum(map(len, fitted.plans)),
+        num_view_pixels=sum(v.width_px * v.height_px for plan in fitted.plans for v in plan),
+        row_key=xxh3_64_intdigest(seen),
+        question_key=xxh3_64_intdigest(" ".join(asked).encode()),
+        image_keys=keys,
+        kind=fitted.kind,
+        change=fitted.change,
+    )

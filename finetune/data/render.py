@@ -5,12 +5,14 @@ path expands the images and tokenises. What is added here is the loss mask, and 
 for images that differ in it.
 """
 
+import copy
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 from typing import Any
 
-from data_formats.chat import Conversation, Image
+from data_formats.chat import Conversation, Image, Message, Text
 from finetune.errors import DataError
 from finetune.families.family import Family
 
@@ -23,56 +25,189 @@ class Rendered:
     loss_mask: list[bool]
 
 
-def render(
-    processor: Any, family: Family, conversation: Conversation, num_views: Sequence[int]
-) -> Rendered:
-    """The whole conversation; learnt are the assistants' words and the token that ends their turn.
+class Renderer:
+    """Renders conversations for one processor, many at a time: a call of the processor costs more
+    than a short row does.
 
-    `num_views` holds the number of views of each image, in order. Raises `DataError` for text that
-    holds a special token of the model, which would be read as more than text.
+    `num_views` holds the number of views of each image, in order.
     """
-    messages = _template_messages(conversation)
-    _refuse_special_tokens(processor, conversation)
-    text = _apply_template(processor, messages)
-    ids, offsets = _tokenise(processor, family, text, num_views)
-    ends = _turn_ends(processor, family, ids, len(messages))
 
-    never_learnt = set(processor.tokenizer.convert_tokens_to_ids(list(family.image_tokens)))
-    loss_mask = [False] * len(ids)
-    for i, message in enumerate(conversation.messages):
-        if message.role != "assistant" or not message.train:
-            continue
-        prompt = _apply_template(processor, messages[:i], add_generation_prompt=True)
-        if not text.startswith(prompt):
-            raise DataError("the chat template does not continue its own prompt with the answer")
-        # From the end of the turn before to the first letter of this answer stands the template's
-        # header alone, in which no image is expanded: so its length in the text is its length in
-        # the tokeniser's offsets, too.
-        header = (
-            prompt[prompt.rindex(family.turn_end_token) + len(family.turn_end_token) :]
-            if i
-            else prompt
+    def __init__(self, processor: Any, family: Family):
+        self.family = family
+        # One placeholder a view to a processor that does not split gives the same text as one an
+        # image to one that does, since adjacent images share their fake token; and each image may
+        # then have its own number of views.
+        self._processor = copy.copy(processor)
+        self._processor.image_processor = copy.copy(processor.image_processor)
+        self._processor.image_processor.do_image_splitting = False
+        self._known_shapes: set[tuple[Any, ...]] = set()
+
+    def render(self, conversation: Conversation, num_views: Sequence[int]) -> Rendered:
+        """The whole conversation; learnt are the assistants' words and the token that ends their
+        turn.
+
+        Raises `DataError` for text that holds a special token of the model, which would be read as
+        more than text.
+        """
+        rendered = self.render_many([(conversation, num_views)])[0]
+        if isinstance(rendered, DataError):
+            raise rendered
+        return rendered
+
+    def render_many(
+        self, rows: Sequence[tuple[Conversation, Sequence[int]]]
+    ) -> list[Rendered | DataError]:
+        """As `render` for each row, the `DataError` standing in the place of a row that has one."""
+        results: list[Rendered | DataError | None] = [None] * len(rows)
+        accepted = []
+        for i, (conversation, _) in enumerate(rows):
+            try:
+                self._refuse_special_tokens(conversation)
+                self._refuse_another_prompt(conversation)
+                accepted.append(i)
+            except DataError as error:
+                results[i] = error
+        messages = [_template_messages(rows[i][0]) for i in accepted]
+        texts = self._processor.apply_chat_template(messages, tokenize=False) if accepted else []
+        ids_of = self._tokenise(texts, [rows[i][1] for i in accepted])
+        for i, ids in zip(accepted, ids_of, strict=True):
+            try:
+                results[i] = Rendered(ids, self._loss_mask(rows[i][0], ids))
+            except DataError as error:
+                results[i] = error
+        return [result for result in results if result is not None]
+
+    def render_prompt(self, conversation: Conversation, num_views: Sequence[int]) -> list[int]:
+        """Token ids of the conversation so far and the words that call for an answer, as at
+        inference. Raises `DataError`.
+        """
+        self._refuse_special_tokens(conversation)
+        text = self._template(conversation, add_generation_prompt=True)
+        return self._tokenise([text], [num_views])[0]
+
+    def _template(self, conversation: Conversation, *, add_generation_prompt: bool = False) -> str:
+        messages = _template_messages(conversation)
+        if not messages and not add_generation_prompt:
+            return ""
+        return self._processor.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
         )
-        first = ends[i - 1] + 1 if i else 0
-        answer_start = (offsets[ends[i - 1]][1] if i else 0) + len(header)
-        for k in range(first, ends[i] + 1):
-            start, end = offsets[k]
-            if start < answer_start < end:
-                raise DataError("a token spans the end of the prompt and the start of the answer")
-            loss_mask[k] = start >= answer_start and ids[k] not in never_learnt
-    return Rendered(ids, loss_mask)
 
+    def _tokenise(
+        self, texts: Sequence[str], num_views: Sequence[Sequence[int]]
+    ) -> list[list[int]]:
+        """Ids from the processor's own text path, each image expanded to its views."""
+        if not texts:
+            return []
+        expanded = [self._expand(text, views) for text, views in zip(texts, num_views, strict=True)]
+        encoded = self._processor(
+            text=expanded, return_attention_mask=False, return_token_type_ids=False
+        )
+        return encoded["input_ids"]
 
-def render_prompt(
-    processor: Any, family: Family, conversation: Conversation, num_views: Sequence[int]
-) -> list[int]:
-    """Token ids of the conversation so far and the words that call for an answer, as at
-    inference.
-    """
-    _refuse_special_tokens(processor, conversation)
-    messages = _template_messages(conversation)
-    text = _apply_template(processor, messages, add_generation_prompt=True)
-    return _tokenise(processor, family, text, num_views)[0]
+    def _expand(self, text: str, num_views: Sequence[int]) -> str:
+        image_token = self.family.image_tokens[0]
+        pieces = text.split(image_token)
+        assert len(pieces) == len(num_views) + 1, "the template wrote another number of images"
+        return pieces[0] + "".join(
+            image_token * views + piece for views, piece in zip(num_views, pieces[1:], strict=True)
+        )
+
+    def _loss_mask(self, conversation: Conversation, ids: list[int]) -> list[bool]:
+        """True from the first token after an answer's header to the token that ends the turn.
+
+        Every turn ends in a special token, which parts what the tokeniser sees: so the header of
+        an answer has the same ids wherever it stands, and those of the prompt at inference.
+        """
+        ends = [k for k, token in enumerate(ids) if token == self._turn_end_id]
+        if len(ends) != len(conversation.messages):
+            raise DataError(
+                f"the chat template closes {len(ends)} of {len(conversation.messages)} turns with "
+                f"{self.family.turn_end_token}; use the template that belongs to the model"
+            )
+        mask = [False] * len(ids)
+        for i, message in enumerate(conversation.messages):
+            if message.role != "assistant" or not message.train:
+                continue
+            header = self._later_header if i else self._first_header
+            first = ends[i - 1] + 1 if i else 0
+            answer = first + len(header)
+            if ids[first:answer] != header:
+                raise DataError(
+                    f"messages[{i}]: the end of the prompt and the start of the answer are one "
+                    "token, so the model would be asked with other tokens than it learnt from; "
+                    "start the answer with another character"
+                )
+            span = slice(answer, ends[i] + 1)
+            mask[span] = [token not in self._never_learnt for token in ids[span]]
+        return mask
+
+    @cached_property
+    def _turn_end_id(self) -> int:
+        return self._processor.tokenizer.convert_tokens_to_ids(self.family.turn_end_token)
+
+    @cached_property
+    def _never_learnt(self) -> frozenset[int]:
+        tokens = self._processor.tokenizer.convert_tokens_to_ids(list(self.family.image_tokens))
+        return frozenset(tokens)
+
+    @cached_property
+    def _first_header(self) -> list[int]:
+        """Ids that stand before an answer at the very start."""
+        return self._tokenise([self._template(Conversation(()), add_generation_prompt=True)], [[]])[
+            0
+        ]
+
+    @cached_property
+    def _later_header(self) -> list[int]:
+        """Ids between the end of a turn and an answer."""
+        asked = Conversation((Message("user", (Text("a"),)),))
+        ids = self._tokenise([self._template(asked, add_generation_prompt=True)], [[]])[0]
+        last_end = len(ids) - 1 - ids[::-1].index(self._turn_end_id)
+        return ids[last_end + 1 :]
+
+    def _refuse_another_prompt(self, conversation: Conversation) -> None:
+        """Raise `DataError` where the template writes the turns before an answer otherwise once the
+        answer is there.
+
+        It is asked once for every order of roles and parts, on which alone templates depend.
+        """
+        shape = tuple(
+            (message.role, tuple(type(part) for part in message.content))
+            for message in conversation.messages
+        )
+        if shape in self._known_shapes:
+            return
+        text = self._template(conversation)
+        for i, message in enumerate(conversation.messages):
+            if message.role != "assistant":
+                continue
+            before = Conversation(conversation.messages[:i])
+            if not text.startswith(self._template(before, add_generation_prompt=True)):
+                raise DataError(
+                    f"messages[{i}]: the chat template does not continue its own prompt with the "
+                    "answer; use the template that belongs to the model"
+                )
+        if len(self._known_shapes) < 10_000:
+            self._known_shapes.add(shape)
+
+    def _refuse_special_tokens(self, conversation: Conversation) -> None:
+        for i, message in enumerate(conversation.messages):
+            for part in message.content:
+                if isinstance(part, Image):
+                    continue
+                if found := self._special_tokens.search(part.text):
+                    raise DataError(
+                        f"messages[{i}] holds {found.group()!r} as text, which the model reads as "
+                        "a special token; remove it or write it differently"
+                    )
+
+    @cached_property
+    def _special_tokens(self) -> re.Pattern[str]:
+        tokenizer = self._processor.tokenizer
+        added = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+        tokens = dict.fromkeys([*tokenizer.all_special_tokens, *added])
+        return re.compile("|".join(re.escape(token) for token in tokens))
 
 
 def _template_messages(conversation: Conversation) -> list[dict[str, Any]]:
@@ -92,64 +227,3 @@ def _template_messages(conversation: Conversation) -> list[dict[str, Any]]:
         }
         for message in conversation.messages
     ]
-
-
-def _apply_template(
-    processor: Any, messages: list[dict[str, Any]], *, add_generation_prompt: bool = False
-) -> str:
-    if not messages and not add_generation_prompt:
-        return ""
-    return processor.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=add_generation_prompt
-    )
-
-
-def _tokenise(
-    processor: Any, family: Family, text: str, num_views: Sequence[int]
-) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids and character offsets from the processor's own text path, each image expanded to its
-    views.
-    """
-    image_token = family.image_tokens[0]
-    pieces = text.split(image_token)
-    assert len(pieces) == len(num_views) + 1, "the template wrote another number of images"
-    # A split image is one placeholder to a processor that splits; where each image decides for
-    # itself the processor does not split, and one placeholder a view gives the same text, since
-    # adjacent images share their fake token.
-    views_each = family.views_when_split if processor.image_processor.do_image_splitting else 1
-    expanded = pieces[0] + "".join(
-        image_token * (views // views_each) + piece
-        for views, piece in zip(num_views, pieces[1:], strict=True)
-    )
-    encoded = processor(text=[expanded], return_offsets_mapping=True)
-    return encoded["input_ids"][0], encoded["offset_mapping"][0]
-
-
-def _turn_ends(processor: Any, family: Family, ids: list[int], num_turns: int) -> list[int]:
-    """The position of each turn's closing token."""
-    end_id = processor.tokenizer.convert_tokens_to_ids(family.turn_end_token)
-    ends = [k for k, token in enumerate(ids) if token == end_id]
-    if len(ends) != num_turns:
-        raise DataError(
-            f"the chat template closes {len(ends)} of {num_turns} turns with "
-            f"{family.turn_end_token}; "
-            "use the template that belongs to the model"
-        )
-    return ends
-
-
-def _refuse_special_tokens(processor: Any, conversation: Conversation) -> None:
-    for i, message in enumerate(conversation.messages):
-        for token in _special_tokens(processor.tokenizer):
-            if token in message.text:
-                raise DataError(
-                    f"messages[{i}] holds {token!r} as text, which the model reads as a special "
-                    "token; "
-                    "remove it or write it differently"
-                )
-
-
-@lru_cache(maxsize=8)
-def _special_tokens(tokenizer: Any) -> tuple[str, ...]:
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return tuple(dict.fromkeys([*tokenizer.all_special_tokens, *added]))

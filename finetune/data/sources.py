@@ -1,134 +1,257 @@
-"""Data files -> rows: each a conversation that knows where it came from. Nothing is dropped without
-being listed.
+"""The recipe's data entries -> rows: each a conversation that knows where it came from. Nothing is
+dropped without being listed.
 """
 
-import json
-import os
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, overload
 
-from data_formats.chat import Conversation, FormatError, parse_chat
+import numpy as np
+
+from data_formats.chat import Conversation, FormatError
+from data_formats.formats import converter, recognise
+from data_formats.rules import refuse_odd_turns
+from finetune.data.containers import (
+    Container,
+    Stream,
+    open_container,
+    open_hub,
+    open_hub_stream,
+    open_stream,
+)
+from finetune.data.images import ImageAccess
 from finetune.errors import DataError
-from finetune.recipe import DataSource
+from finetune.recipe import DataSection, DataSource
+
+NUM_RECOGNISED_ROWS = 20  # that format: auto looks at
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A usable row: `where` is `file:line`, relative image paths are looked up under
-    `image_root`.
+    """A usable row: `where` is `file:line`, its images are looked up and opened by
+    `image_access`.
     """
 
     where: str
     conversation: Conversation
-    image_root: Path
+    image_access: ImageAccess
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """Why a row cannot be used."""
+class Reader:
+    """Raw rows of one entry -> `Row`s.
 
-    where: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.reason}"
-
-
-def read_sources(sources: Sequence[DataSource]) -> tuple[list[Row], list[Problem]]:
-    """Every row of every source, in order: those that can be used, and what is wrong with the
-    others.
-
-    Raises `DataError` where a whole source cannot be read, or holds no rows.
+    `format_name` is the format they are read as, `same_as` names others that would read them the
+    same.
     """
-    rows: list[Row] = []
-    problems: list[Problem] = []
-    for source in sources:
-        path = _local_jsonl(source)
-        image_root = Path(source.image_root) if source.image_root else path.parent
-        before = len(rows) + len(problems)
-        for item in _read_jsonl(path, image_root):
-            if isinstance(item, Row):
-                rows.append(item)
-            else:
-                problems.append(item)
-        if len(rows) + len(problems) == before:
-            raise DataError(
-                f"{_shown(path)}: holds no rows; give a file with one JSON object a line"
-            )
-    return rows, problems
 
-
-def _local_jsonl(source: DataSource) -> Path:
-    if source.path is None:
-        raise DataError(
-            f"data: hub: {source.hub} cannot be read by this version; save it as a chat JSONL file "
-            "and give its path"
+    def __init__(self, settings: DataSource, access: ImageAccess, first_rows: list[Any]):
+        self.settings = settings
+        self.access = access
+        self.format_name, self.same_as = _format_of(settings, first_rows)
+        columns = settings.columns.model_dump(exclude_none=True) if settings.columns else None
+        self._convert: Callable[[Any], Conversation] = converter(
+            self.format_name, columns=columns, question=settings.question
         )
-    path = Path(source.path)
-    if source.format not in ("auto", "chat") or path.suffix != ".jsonl":
-        raise DataError(
-            f"{_shown(path)}: format {source.format!r} of a {path.suffix or 'folder'} cannot be "
-            "read by this version; "
-            "give a .jsonl file of chat rows"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "_convert"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        columns = self.settings.columns
+        self._convert = converter(
+            self.format_name,
+            columns=columns.model_dump(exclude_none=True) if columns else None,
+            question=self.settings.question,
         )
-    return path
+
+    def row(self, where: str, raw: Any) -> Row:
+        """Raises `DataError`, without the place, for a row that cannot be used."""
+        try:
+            conversation = self._convert(raw)
+            refuse_odd_turns(conversation)
+        except FormatError as error:
+            raise DataError(str(error)) from error
+        return Row(where, conversation, self.access)
+
+    def row_or_error(self, where: str, raw: Any) -> Row | DataError:
+        """As `row`, the error given rather than raised; `raw` may be an error already."""
+        if isinstance(raw, DataError):
+            return raw
+        try:
+            return self.row(where, raw)
+        except DataError as error:
+            return error
 
 
-def _read_jsonl(path: Path, image_root: Path) -> Iterator[Row | Problem]:
-    """A `Row` or a `Problem` for each line that is not blank."""
-    shown = _shown(path)
+class Source:
+    """One data entry, its rows read by number and only when asked for."""
+
+    def __init__(self, container: Container, reader: Reader):
+        self.container = container
+        self.reader = reader
+
+    def __len__(self) -> int:
+        return len(self.container)
+
+    def row(self, number: int) -> Row:
+        """Raises `DataError`, without the place, for a row that cannot be used."""
+        return self.reader.row(self.container.where(number), self.container.read(number))
+
+    def rows(self, start: int, stop: int) -> Iterator[tuple[str, Row | DataError]]:
+        """Each row, or why it cannot be used, with its place."""
+        for where, raw in self.container.read_range(start, stop):
+            yield where, self.reader.row_or_error(where, raw)
+
+    def identity(self) -> list[Any]:
+        """What the rows depend on, for caches: files with size and time, and how they are read."""
+        settings = self.reader.settings.model_dump(mode="json", exclude={"weight"})
+        return [self.container.identity(), settings, repr(self.reader.access)]
+
+
+class Rows(Sequence[Row]):
+    """Rows of some sources, by their numbers over all of them; each is read when asked for."""
+
+    def __init__(self, sources: Sequence[Source], numbers: np.ndarray):
+        self.sources = tuple(sources)
+        self.numbers = numbers
+        self._ends = np.cumsum([len(source) for source in self.sources])
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Rows": ...
+    def __getitem__(self, index: int | slice) -> "Row | Rows":
+        """Raises `DataError`, naming the place, for a row that has changed since it was checked."""
+        if isinstance(index, slice):
+            return Rows(self.sources, self.numbers[index])
+        source, number = self._place(int(self.numbers[index]))
+        try:
+            return source.row(number)
+        except DataError as error:
+            raise DataError(f"{source.container.where(number)}: {error}") from error
+
+    def where_of(self, number: int) -> str:
+        """The place of a row by its number over all rows of the sources, used or not."""
+        source, inside = self._place(number)
+        return source.container.where(inside)
+
+    def _place(self, number: int) -> tuple[Source, int]:
+        """The source of a row, and the row's number in it."""
+        source = int(np.searchsorted(self._ends, number, side="right"))
+        return self.sources[source], number - (int(self._ends[source - 1]) if source else 0)
+
+    def __add__(self, other: "Rows") -> "Rows":
+        """These rows, then the other's."""
+        shift = int(self._ends[-1]) if len(self._ends) else 0
+        return Rows(
+            self.sources + other.sources, np.concatenate([self.numbers, other.numbers + shift])
+        )
+
+    def num_of_sources(self) -> list[int]:
+        """How many of the rows each source has."""
+        number = np.searchsorted(self._ends, self.numbers, side="right")
+        return np.bincount(number, minlength=len(self.sources)).tolist()
+
+
+class StreamSource:
+    """One data entry whose rows come one after the other."""
+
+    def __init__(self, stream: Stream, reader: Reader):
+        self.stream = stream
+        self.reader = reader
+
+    def iterate(
+        self, consumer: int = 0, num_consumers: int = 1, skip: int = 0
+    ) -> Iterator[tuple[str, Row | DataError]]:
+        """This consumer's rows, each or why it cannot be used, with its place; the first `skip`
+        are passed over.
+        """
+        for where, raw in self.stream.iterate(consumer, num_consumers, skip):
+            yield where, self.reader.row_or_error(where, raw)
+
+
+def open_source(settings: DataSource, data: DataSection, cache: Path) -> Source:
+    """An entry of the recipe, opened; indexes and copies of compressed files are kept in `cache`.
+
+    Raises `DataError` where it cannot be read as a whole, holds no rows, or its format is unclear.
+    """
+    if settings.path:
+        container = open_container(Path(settings.path), cache)
+    else:
+        assert settings.hub
+        container = open_hub(
+            settings.hub,
+            config=settings.config,
+            split=settings.split,
+            revision=settings.revision,
+            cache=cache,
+        )
+    if not len(container):
+        raise _no_rows(container.shown)
+    first = [raw for _, raw in container.read_range(0, min(NUM_RECOGNISED_ROWS, len(container)))]
+    return Source(container, _reader(settings, data, container, first, cache))
+
+
+def open_stream_source(settings: DataSource, data: DataSection, cache: Path) -> StreamSource:
+    """As `open_source`, for an entry with `streaming: true`."""
+    if settings.path:
+        stream = open_stream(Path(settings.path))
+    else:
+        assert settings.hub
+        stream = open_hub_stream(
+            settings.hub,
+            config=settings.config,
+            split=settings.split,
+            revision=settings.revision,
+        )
+    first = [raw for _, raw in itertools.islice(stream.iterate(0, 1), NUM_RECOGNISED_ROWS)]
+    if not first:
+        raise _no_rows(stream.shown)
+    return StreamSource(stream, _reader(settings, data, stream, first, cache))
+
+
+def image_access(data: DataSection, root: Path, cache: Path) -> ImageAccess:
+    """The recipe's limits on images, for one folder."""
+    return ImageAccess(
+        root=root,
+        allow_outside_root=data.allow_outside_root,
+        max_megapixels=data.max_megapixels,
+        allow_urls=data.allow_urls,
+        url_max_mib=data.url_max_mib,
+        url_timeout_seconds=data.url_timeout_seconds,
+        url_cache=cache / "downloads",
+        pdf_dpi=data.pdf_dpi,
+    )
+
+
+def _reader(
+    settings: DataSource,
+    data: DataSection,
+    opened: Container | Stream,
+    first_rows: list[Any],
+    cache: Path,
+) -> Reader:
+    root = Path(settings.image_root) if settings.image_root else opened.root
     try:
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield _read_line(line, f"{shown}:{number}", image_root)
-    except OSError as error:
-        raise DataError(f"{shown}: cannot be read ({error.strerror})") from error
-
-
-def _read_line(line: bytes, where: str, image_root: Path) -> Row | Problem:
-    try:
-        conversation = parse_chat(json.loads(line.decode("utf-8-sig")))
-    except UnicodeDecodeError as error:
-        return Problem(
-            where, f"is not UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8"
-        )
-    except json.JSONDecodeError as error:
-        return Problem(
-            where, f"is not JSON: {error.msg} at column {error.colno}; write one object a line"
-        )
-    except RecursionError:
-        return Problem(where, "is nested too deeply to be read; a chat row has four levels")
+        return Reader(settings, image_access(data, root, cache), first_rows)
     except FormatError as error:
-        return Problem(where, str(error))
-    except ValueError as error:  # a whole number of thousands of digits
-        return Problem(where, f"holds a value that cannot be read ({error}); write it as a string")
-    if not _is_text(conversation):
-        return Problem(
-            where, "holds half of a character (a lone surrogate such as \\ud83d); write it whole"
-        )
-    if not conversation.learns():
-        return Problem(
-            where,
-            "has no assistant turn to learn from; add one, or leave the row out (train: false "
-            "turns do not count)",
-        )
-    return Row(where, conversation, image_root)
+        raise DataError(f"{opened.shown}: {error}") from error
 
 
-def _is_text(conversation: Conversation) -> bool:
-    """Whether every text can be encoded: JSON escapes may cut an emoji in two."""
-    try:
-        "".join(message.text for message in conversation.messages).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def _format_of(settings: DataSource, first_rows: list[Any]) -> tuple[str, tuple[str, ...]]:
+    if settings.columns:
+        return "columns", ()
+    if settings.format != "auto":
+        return settings.format, ()
+    recognised = recognise([row for row in first_rows if not isinstance(row, DataError)])
+    return recognised.name, recognised.same_as
 
 
-def _shown(path: Path) -> str:
-    """The path as a person standing in the current folder would write it."""
-    try:
-        return str(path.resolve().relative_to(Path.cwd()))
-    except ValueError:
-        return os.fspath(path)
+def _no_rows(shown: str) -> DataError:
+    return DataError(f"{shown}: holds no rows; give a file with one JSON object a line")

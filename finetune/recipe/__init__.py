@@ -5,9 +5,10 @@
 
 from finetune.recipe.fields import FORMATS, METRICS, PARTS
 from finetune.recipe.files import recipes_dir, shipped_recipes
-from finetune.recipe.loading import dump_recipe, load_recipe, recipe_warnings
+from finetune.recipe.loading import dump_recipe, load_recipe, make_source, recipe_warnings
 from finetune.recipe.schema import (
     AdapterSection,
+    Columns,
     DataSection,
     DataSource,
     EvaluationSection,
@@ -23,6 +24,7 @@ __all__ = [
     "METRICS",
     "PARTS",
     "AdapterSection",
+    "Columns",
     "DataSection",
     "DataSource",
     "EvaluationSection",
@@ -33,6 +35,7 @@ __all__ = [
     "TrainingSection",
     "dump_recipe",
     "load_recipe",
+    "make_source",
     "recipe_warnings",
     "recipes_dir",
     "shipped_recipes",

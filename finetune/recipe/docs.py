@@ -61,9 +61,11 @@ def docs_text() -> str:
     parts = [INTRO, f"## All of it\n\n```yaml\n{sample_text()}```\n"]
     for name, part in schema["properties"].items():
         parts.append("\n".join(_section(f"`{name}`", _target(schema, part), schema)))
-    source = schema["$defs"]["DataSource"]
-    title = "Entries of `data.train` and `data.eval`"
-    parts.append("\n".join(_section(title, source, schema)))
+    for title, name in (
+        ("Entries of `data.train` and `data.eval`", "DataSource"),
+        ("`columns` of an entry", "Columns"),
+    ):
+        parts.append("\n".join(_section(title, schema["$defs"][name], schema)))
     return "\n".join(parts)
 
 
@@ -118,7 +120,7 @@ def _kind(field: dict[str, Any], schema: dict[str, Any]) -> str:
         kinds = [_kind(each, schema) for each in alternatives if each.get("type") != "null"]
         return ", or ".join(kinds)
     if "$ref" in field:
-        return "an entry (see the end)"
+        return "a mapping, see the end"
     match field.get("type"):
         case "array":
             items = field["items"]

@@ -11,7 +11,24 @@ from finetune.recipe.messages import in_words
 
 Part = Literal["language", "connector", "vision"]
 Metric = Literal["exact_match", "anls"]
-Format = Literal["auto", "chat"]
+FormatName = Literal[
+    "auto",
+    "chat",
+    "openai",
+    "sharegpt",
+    "llava",
+    "llama-factory",
+    "ms-swift",
+    "cauldron",
+    "docvqa",
+    "textvqa",
+    "vqav2",
+    "cord",
+    "mantis",
+    "coco-captions",
+    "chartqa",
+    "columns",
+]
 Tracker = Literal["tensorboard", "trackio", "wandb"]
 Scheduler = Literal[
     "cosine",
@@ -34,7 +51,7 @@ Optimizer = Literal[
 
 PARTS: tuple[str, ...] = get_args(Part)
 METRICS: tuple[str, ...] = get_args(Metric)
-FORMATS: tuple[str, ...] = get_args(Format)
+FORMATS: tuple[str, ...] = get_args(FormatName)
 
 # Every supported family cuts its pictures into patches of 14 pixels.
 PATCH_SIZE_PX = 14
@@ -65,6 +82,11 @@ def _auto_or_off(value: Any) -> Any:
 
 def _none(value: Any) -> Any:
     return "none" if _off(value) == "off" else value
+
+
+def _format_name(value: Any) -> Any:
+    """llama_factory for llama-factory, as their files are called."""
+    return value.replace("_", "-") if isinstance(value, str) else value
 
 
 def _size_or_off(value: Any) -> str:
@@ -129,6 +151,7 @@ Edge = Annotated[
 Text = Annotated[str, AfterValidator(_printable)]
 HubId = Annotated[str, AfterValidator(_hub_id)]
 Seed = Annotated[int, Ge(0), Lt(2**32)]
+Format = Annotated[FormatName, BeforeValidator(_format_name)]
 Quantize = Annotated[Literal["none", "nf4", "int8"], BeforeValidator(_none)]
 AutoOrOff = Annotated[Literal["auto", "off"], BeforeValidator(_auto_or_off)]
 SizeOrOff = Annotated[

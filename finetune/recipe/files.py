@@ -1,5 +1,6 @@
 """Where recipes are found, and where the files they name stand."""
 
+import glob
 import os
 import re
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 from finetune.errors import RecipeError
 from finetune.recipe.messages import Problem, did_you_mean
 
+BRACE_RANGE = re.compile(r"\{(\d{1,9})\.\.(\d{1,9})\}")
+MAX_FILES = 100_000
 HUB_ID = re.compile(r"[\w-][\w.-]{0,95}(/[\w-][\w.-]{0,95})?", re.ASCII)
 
 
@@ -90,7 +93,8 @@ def _resolve(written: str, recipe_folder: Path) -> tuple[str, list[str]]:
     folders = (Path.cwd(), recipe_folder.resolve())
     places = list(dict.fromkeys(Path(os.path.normpath(folder / path)) for folder in folders))
     # Compared by where links lead, kept as named: a link's own suffix tells the format.
-    found = list({place.resolve(): place for place in places if is_there(place)}.values())
+    there = [place for place in places if is_there(place) or _any_match(place)]
+    found = list({place.resolve(): place for place in there}.values())
     if len(found) == 1:
         return str(found[0]), []
     if found:
@@ -134,6 +138,37 @@ def is_there(path: Path) -> bool:
         return path.exists()
     except (OSError, ValueError):  # too long, not ours to look at, or a null character
         return False
+
+
+def _any_match(pattern: Path) -> bool:
+    return is_pattern(str(pattern)) and any(is_there(Path(each)) for each in matches(str(pattern)))
+
+
+def matches(pattern: str) -> list[str]:
+    """Files of a pattern such as shards/*.tar or shards/{000..010}.tar, sorted; every file that
+    a brace range names, there or not.
+    """
+    found: list[str] = []
+    for each in _brace_range(pattern):
+        found += sorted(glob.glob(each)) if glob.has_magic(each) else [each]  # noqa: PTH207
+    return found
+
+
+def is_pattern(path: str) -> bool:
+    """Whether a path names several files; one that stands there under its very name does not."""
+    return (glob.has_magic(path) or len(_brace_range(path)) > 1) and not is_there(Path(path))
+
+
+def _brace_range(pattern: str) -> list[str]:
+    """`a{08..10}b` written out, zeros kept, as the webdataset library does it."""
+    found = BRACE_RANGE.search(pattern)
+    if not found:
+        return [pattern]
+    first, last = found.groups()
+    width = len(first) if first.startswith("0") else 1
+    before, after = pattern[: found.start()], pattern[found.end() :]
+    numbers = range(int(first), min(int(last), int(first) + MAX_FILES) + 1)
+    return [f"{before}{n:0{width}}{rest}" for n in numbers for rest in _brace_range(after)]
 
 
 def _near_file(path: Path) -> str:

@@ -62,7 +62,12 @@ def _without_effect(recipe: Recipe) -> Iterator[tuple[str, str]]:
         )
     if recipe.data.overlong == "fewer_views" and recipe.images.split == "never":
         yield "data.overlong", "as fewer_views: images.split: never has one view a picture already"
-    if not recipe.data.eval:
+    if not recipe.data.eval_fraction:
+        yield "data.eval_seed", "without data.eval_fraction"
+    if not recipe.data.allow_urls:
+        for name in ("url_max_mib", "url_timeout_seconds"):
+            yield f"data.{name}", "without data.allow_urls: true"
+    if not recipe.data.eval and not recipe.data.eval_fraction:
         yield "evaluation.*", "without data.eval: there are no held-out rows to judge"
 
 
@@ -71,7 +76,7 @@ def _doubtful_evaluation(recipe: Recipe) -> Iterator[str]:
     train = {_origin(source): number for number, source in enumerate(recipe.data.train)}
     for part, sources in (("train", recipe.data.train), ("eval", recipe.data.eval)):
         for number, source in enumerate(sources):
-            idle = ["split", "revision"] if source.path else []
+            idle = ["config", "split", "revision"] if source.path else []
             idle += ["weight"] if part == "eval" else []
             for name in (name for name in idle if name in source.model_fields_set):
                 why = "on held-out rows" if name == "weight" else "on a path, only with hub"
@@ -80,7 +85,11 @@ def _doubtful_evaluation(recipe: Recipe) -> Iterator[str]:
         if _origin(source) in train:
             twin = f"data.train.{train[_origin(source)]}"
             yield f"data.eval.{number} is the same as {twin}: its rows are trained on, not held out"
-    if not recipe.data.eval and not recipe.evaluation.model_fields_set:
+    if (
+        not recipe.data.eval
+        and not recipe.data.eval_fraction
+        and not recipe.evaluation.model_fields_set
+    ):
         yield "data.eval is empty: the result will not be judged"
 
 
@@ -118,6 +127,15 @@ def load_recipe(
         problems.sort(key=_place)
         raise RecipeError(summarise_problems(str(source), [str(problem) for problem in problems]))
     return recipe
+
+
+def make_source(settings: dict[str, Any]) -> DataSource:
+    """A data entry from settings given on the command line. Raises `RecipeError`."""
+    try:
+        return DataSource.model_validate(settings)
+    except ValidationError as error:
+        problems = [str(problem) for problem in problems_of(error, DataSource)]
+        raise RecipeError(summarise_problems("data entry", problems)) from error
 
 
 def _validate(raw: dict[str, Any]) -> tuple[Recipe | None, list[Problem]]:

@@ -92,23 +92,52 @@ class AdapterSection(Section):
     """Parts of the model that are trained."""
 
 
+class Columns(Section):
+    """Which columns of a table hold what, for `format: columns`."""
+
+    image: Text | None = None
+    """Column with the picture: a path, bytes, base64 or a data URI."""
+    images: Text | None = None
+    """Column with a list of pictures. Excludes image."""
+    question: Text | None = None
+    """Column with the question. Without it, the entry's own question is asked of every row."""
+    answer: Text
+    """Column with the answer, or with a list: the first is learnt, all of them count as right."""
+    system: Text | None = None
+    """Column with a system turn."""
+
+    @model_validator(mode="after")
+    def _one_picture_column(self) -> "Columns":
+        if self.image and self.images:
+            raise ValueError("set either image or images, not both")
+        return self
+
+
 class DataSource(Section):
     """One file, folder or Hub dataset."""
 
     path: Text | None = None
-    """File or folder, looked up from the current folder and from the recipe's. Excludes hub."""
+    """File, folder or pattern, from the current folder or the recipe's. Excludes hub."""
     hub: HubId | None = None
     """Hub dataset, as user/name. Excludes path."""
+    config: Text | None = None
+    """Configuration of the Hub dataset, where it has several."""
     split: Text = "train"
     """Split of the Hub dataset."""
     revision: Text = "main"
     """Branch, tag or commit of the Hub dataset."""
     format: Format = "auto"
     """Shape of the rows. auto tells it from the first ones."""
+    columns: Columns | None = None
+    """Columns of a table with one picture, question and answer a row."""
+    question: Text | None = None
+    """What is asked where rows hold no question: cord, coco-captions, columns."""
     image_root: Text | None = None
     """Folder that image paths in the rows start from. Without it, the folder of the file."""
     weight: PositiveNumber = 1.0
-    """How often the rows are drawn, relative to other entries. This version takes 1 alone."""
+    """Times that each row is trained in an epoch. 0.5 draws another half of the rows each time."""
+    streaming: bool = False
+    """Read the rows while training, not before. They are checked as they come."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> "DataSource":
@@ -124,12 +153,28 @@ class DataSection(Section):
     """Where the rows to train on come from."""
     eval: Listed[DataSource] = ()
     """Where the held-out rows come from, which are never trained on."""
+    eval_fraction: Fraction = 0
+    """Share of the training rows held out instead of eval. Rows about one picture stay together."""
+    eval_seed: Seed = 0
+    """Seed of the choice that eval_fraction makes."""
     max_tokens: Count = 2048
     """Longest row, image tokens included."""
     bad_rows: Literal["stop", "skip"] = "stop"
     """What an unreadable row does. skip counts and lists it."""
     overlong: Literal["stop", "skip", "drop_turns", "fewer_views"] = "stop"
-    """What a row longer than max_tokens does. This version takes stop and skip."""
+    """What a row over max_tokens does. drop_turns and fewer_views shorten it, and list how."""
+    max_megapixels: PositiveNumber = 100
+    """Larger pictures are bad rows. A small file may unpack to more than the memory holds."""
+    pdf_dpi: Annotated[int, Field(ge=18, le=1200)] = 144
+    """Dots per inch at which pages of PDF files are drawn."""
+    allow_outside_root: bool = False
+    """Take pictures that stand outside image_root, or that links lead there."""
+    allow_urls: bool = False
+    """Download pictures that rows name by URL. Addresses inside your network stay refused."""
+    url_max_mib: PositiveNumber = 20
+    """Larger downloads are broken off."""
+    url_timeout_seconds: PositiveNumber = 10
+    """Longest time for one download."""
 
 
 class TrainingSection(Section):
@@ -241,6 +286,7 @@ class Recipe(Section):
 def _conflicts(recipe: Recipe) -> Iterator[Problem]:
     """Settings that are right one by one but not together."""
     yield from _image_conflicts(recipe)
+    yield from _data_conflicts(recipe)
     yield from _adapter_conflicts(recipe)
     yield from _training_conflicts(recipe)
 
@@ -266,6 +312,59 @@ def _image_conflicts(recipe: Recipe) -> Iterator[Problem]:
             "model.attention",
             "model.dtype",
         )
+
+
+def _data_conflicts(recipe: Recipe) -> Iterator[Problem]:
+    data = recipe.data
+    if data.eval and data.eval_fraction:
+        yield _conflict("set either eval or eval_fraction, not both", "data.eval_fraction")
+    for part, sources in (("train", data.train), ("eval", data.eval)):
+        for number, source in enumerate(sources):
+            place = f"data.{part}.{number}"
+            if source.columns and source.format not in ("auto", "columns"):
+                yield _conflict(
+                    f"is for format: columns, and format is {source.format}; leave one out",
+                    f"{place}.columns",
+                )
+            if source.format == "columns" and not source.columns:
+                yield _conflict(
+                    "needs columns, such as columns: {image: scan, question: q, answer: a}",
+                    f"{place}.format",
+                )
+            if source.columns and not source.columns.question and not source.question:
+                yield _conflict(
+                    "names no question column; name one, or set question: to ask every row the "
+                    "same",
+                    f"{place}.columns",
+                )
+    streamed = [source for source in data.train if source.streaming]
+    if not streamed:
+        yield from _streamed_eval(recipe)
+        return
+    if len(streamed) < len(data.train):
+        yield _conflict("stream all entries or none: they cannot be mixed", "data.train")
+    if data.eval_fraction:
+        yield _conflict(
+            "needs all rows before training, and streamed ones come later; name data.eval, or "
+            "leave streaming out",
+            "data.eval_fraction",
+        )
+    if recipe.training.max_steps is None:
+        yield _conflict(
+            "streamed rows are not counted beforehand, so an epoch has no known length; set "
+            "training.max_steps",
+            "training.epochs",
+        )
+    yield from _streamed_eval(recipe)
+
+
+def _streamed_eval(recipe: Recipe) -> Iterator[Problem]:
+    for number, source in enumerate(recipe.data.eval):
+        if source.streaming:
+            yield _conflict(
+                "held-out rows are read whole; leave streaming out",
+                f"data.eval.{number}.streaming",
+            )
 
 
 def _adapter_conflicts(recipe: Recipe) -> Iterator[Problem]:

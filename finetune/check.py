@@ -1,0 +1,225 @@
+"""`finetune check`: every row of a recipe read, decoded, rendered and counted, before a GPU is paid
+for.
+"""
+
+import itertools
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from finetune.check_page import write_check_page
+from finetune.checking import Duplicates, Entry, Part, find_duplicates, summarise_part
+from finetune.data.examination import (
+    CHANGED,
+    LEFT_OUT,
+    Examination,
+    Finding,
+    examine_streams,
+)
+from finetune.data.examined import examine_once
+from finetune.data.examples import Encoder
+from finetune.data.sources import Rows
+from finetune.errors import RunDirError
+from finetune.model.load import load_config, load_processor, quiet_libraries
+from finetune.preparation import (
+    cache_of,
+    open_sources,
+    open_streams,
+    progress,
+    write_lists,
+)
+from finetune.recipe import Recipe, recipe_warnings
+from finetune.tables import check_tables, messages_console, results_console
+
+PAGE = "check.html"
+OURS = {PAGE, "skipped.jsonl", "changed.jsonl"}
+PROBLEMS_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """All that was found. `problems` can be gone through more than once; it reads from a file."""
+
+    recipe_name: str
+    recipe: Recipe
+    parts: list[Part]
+    duplicates: Duplicates | None
+    examinations: list[Examination]
+    seconds: float
+    folder: Path
+
+    def problems(self) -> Iterator[Finding]:
+        """Rows that cannot be used as they are, in their order."""
+        for examination in self.examinations:
+            yield from examination.findings(*LEFT_OUT)
+
+    def changed(self) -> Iterator[Finding]:
+        """Rows that are trained shorter than they were written, in their order."""
+        for examination in self.examinations:
+            yield from examination.findings(*CHANGED)
+
+    @property
+    def num_problems(self) -> int:
+        """How many rows `problems` gives."""
+        return sum(part.num_bad + part.num_overlong for part in self.parts)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows read, usable or not."""
+        return sum(part.num_rows for part in self.parts)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        return {
+            "rows": self.num_rows,
+            "usable": sum(part.num_usable for part in self.parts),
+            "problems": [{"where": f.where, "reason": f.reason} for f in self.problems()],
+            "changed": [{"where": f.where, "reason": f.reason} for f in self.changed()],
+            "formats": {
+                entry.shown: entry.format_name for part in self.parts for entry in part.entries
+            },
+            "parts": {part.name: asdict(part) for part in self.parts},
+            "duplicates": asdict(self.duplicates) if self.duplicates else None,
+            "seconds": round(self.seconds, 3),
+            "report": str(self.folder / PAGE),
+        }
+
+
+def check(
+    recipe: Recipe,
+    recipe_name: str,
+    *,
+    out: Path | None = None,
+    console: Console | None = None,
+) -> CheckResult:
+    """Examine all rows anew and write check.html, skipped.jsonl and changed.jsonl to `out`, by
+    default a folder beside the run directory.
+
+    What `train` needs of it is kept, so that it does not check the same rows again. Raises
+    `FinetuneError` where a whole source cannot be read.
+    """
+    console = console or messages_console()
+    quiet_libraries()
+    for warning in recipe_warnings(recipe):
+        console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
+    _, family = load_config(recipe.model)
+    processor = load_processor(recipe.model, recipe.images)
+    encoder = Encoder.of_recipe(processor, family, recipe.images, recipe.data)
+    folder = _folder(out or Path(recipe.output.dir.rstrip("/") + "-check"))
+    cache = cache_of(recipe.output.dir)
+    start = time.perf_counter()
+    parts, examinations, places = [], [], []
+    for name, entries in (("train", recipe.data.train), ("eval", recipe.data.eval)):
+        if not entries:
+            continue
+        read = _read_streams if any(entry.streaming for entry in entries) else _read_sources
+        with progress(console, f"checking {name} rows") as on_progress:
+            shown, examination, place = read(name, recipe, encoder, cache, console, on_progress)
+        parts.append(summarise_part(name, shown, examination, place))
+        examinations.append(examination)
+        places.append(place)
+    duplicates = None
+    if len(parts) == 2:
+        duplicates = find_duplicates(examinations[0], examinations[1], places[1])
+    seconds = time.perf_counter() - start
+    result = CheckResult(recipe_name, recipe, parts, duplicates, examinations, seconds, folder)
+    write_lists(folder, examinations)
+    write_check_page(result, folder / PAGE)
+    return result
+
+
+def _folder(path: Path) -> Path:
+    """The folder to write to, made. Raises `RunDirError` where it holds other things, such as the
+    lists of a run.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        others = {entry.name for entry in path.iterdir()} - OURS
+        if others:
+            raise RunDirError(
+                f"{path}: holds other things than a check ({', '.join(sorted(others)[:3])}); give "
+                "another folder with --out"
+            )
+        with tempfile.TemporaryFile(dir=path):
+            return path
+    except OSError as error:
+        if isinstance(error, RunDirError):
+            raise
+        raise RunDirError(
+            f"{path}: cannot be written to ({error.strerror}); give another folder with --out"
+        ) from error
+
+
+Read = tuple[list[Entry], Examination, Callable[[int], str]]
+
+
+def _read_sources(
+    name: str,
+    recipe: Recipe,
+    encoder: Encoder,
+    cache: Path,
+    console: Console,
+    on_progress: Callable[[int, int], None],
+) -> Read:
+    entries = recipe.data.train if name == "train" else recipe.data.eval
+    sources = open_sources(entries, recipe.data, cache, console)
+    examination, _ = examine_once(sources, encoder, cache, again=True, on_progress=on_progress)
+    shown = [
+        Entry(each.container.shown, len(each), each.reader.format_name, each.reader.same_as)
+        for each in sources
+    ]
+    return shown, examination, Rows(sources, examination.usable()).where_of
+
+
+def _read_streams(
+    name: str,
+    recipe: Recipe,
+    encoder: Encoder,
+    cache: Path,
+    console: Console,
+    on_progress: Callable[[int, int], None],
+) -> Read:
+    streams = open_streams(recipe, cache, console)
+    aside = Path(tempfile.mkdtemp(prefix="finetune-"))  # a stream may be another one next time
+    examination = examine_streams(
+        streams, encoder, findings_file=aside / "findings.jsonl", on_progress=on_progress
+    )
+    shown = [
+        Entry(each.stream.shown, num_rows, each.reader.format_name, each.reader.same_as)
+        for each, num_rows in zip(streams, examination.num_rows_of, strict=True)
+    ]
+    return shown, examination, lambda number: f"row {number + 1:,} of the stream"
+
+
+def print_check(result: CheckResult, results: Console | None = None) -> None:
+    """The tables, the first problems, and where all of it stands."""
+    results = results or results_console()
+    for table in check_tables(result.parts, result.duplicates):
+        results.print(table)
+    shown = [str(finding) for finding in itertools.islice(result.problems(), PROBLEMS_SHOWN)]
+    if result.num_problems:
+        title = f"{result.num_problems:,} of {result.num_rows:,} rows cannot be used as they are"
+        lines = [f"\n{title}:", *(f"  {line}" for line in shown)]
+        if result.num_problems > len(shown):
+            lines.append(f"  ... and {result.num_problems - len(shown):,} more")
+        results.print("\n".join(lines), soft_wrap=True)
+    else:
+        rate = result.num_rows / result.seconds
+        results.print(
+            f"\nall {result.num_rows:,} rows can be used "
+            f"({result.seconds:.1f} s, {rate:,.0f} rows/s)",
+            soft_wrap=True,
+        )
+    if result.duplicates and result.duplicates.num_same_both:
+        results.print(
+            f"warning: {result.duplicates.num_same_both:,} held-out rows ask what training asks of "
+            f"the same picture, such as {result.duplicates.examples[0]}: figures on them say less",
+            soft_wrap=True,
+        )
+    listed = " and skipped.jsonl" if result.num_problems else ""
+    results.print(f"report: {result.folder / PAGE}{listed}", soft_wrap=True)

@@ -1,0 +1,84 @@
+"""Examinations kept from one command to the next, beside the runs they were made for.
+
+One holds as long as the data files keep their size and time, and nothing that shapes a row has
+changed: image settings, tokenizer, limits, this package. A picture changed afterwards is noticed
+when it is read in training.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finetune import __version__
+from finetune.data.examination import Examination, examine
+from finetune.data.examples import Encoder
+from finetune.data.sources import Source
+from finetune.rundir import replacing
+
+
+def examine_once(
+    sources: Sequence[Source],
+    encoder: Encoder,
+    cache: Path,
+    *,
+    again: bool = False,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[Examination, bool]:
+    """The examination of the sources, and whether it was found in `cache`.
+
+    With `again` it is made anew whatever is there. Where `cache` cannot be written to, it is made
+    for this command alone.
+    """
+    folder = cache / f"rows-{_key(sources, encoder)}"
+    if not again and (kept := _load(folder, sources)):
+        return kept, True
+    try:
+        with replacing(folder) as temporary:
+            temporary.mkdir(parents=True)
+            made = examine(
+                sources,
+                encoder,
+                findings_file=temporary / "findings.jsonl",
+                on_progress=on_progress,
+            )
+            np.save(temporary / "counts.npy", made.counts)
+            np.save(temporary / "image_keys.npy", made.image_keys)
+    except OSError:
+        aside = Path(tempfile.mkdtemp(prefix="finetune-"))
+        return examine(
+            sources, encoder, findings_file=aside / "findings.jsonl", on_progress=on_progress
+        ), False
+    loaded = _load(folder, sources)
+    assert loaded
+    return loaded, False
+
+
+def _load(folder: Path, sources: Sequence[Source]) -> Examination | None:
+    """What stands there, or None where it is missing or damaged."""
+    lengths = tuple(len(source) for source in sources)
+    try:
+        counts = np.load(folder / "counts.npy", mmap_mode="r")
+        image_keys = np.load(folder / "image_keys.npy", mmap_mode="r")
+    except (OSError, ValueError):
+        return None
+    findings = folder / "findings.jsonl"
+    if len(counts) != sum(lengths) or not findings.is_file():
+        return None
+    return Examination(counts, image_keys, findings, lengths)
+
+
+def _key(sources: Sequence[Source], encoder: Encoder) -> str:
+    depends_on: list[Any] = [__version__, [source.identity() for source in sources]]
+    depends_on += [encoder.images.model_dump(), encoder.max_tokens, encoder.overlong]
+    processor = encoder.processor
+    depends_on += [
+        processor.tokenizer.backend_tokenizer.to_str(),
+        processor.chat_template,
+        processor.image_seq_len,
+    ]
+    return sha256(json.dumps(depends_on, default=str).encode()).hexdigest()[:32]

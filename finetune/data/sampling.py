@@ -1,0 +1,98 @@
+"""Which rows an epoch trains, and in which order; and which rows are held out.
+
+Both depend on seeds alone, so that a run can be repeated, resumed, and shared out over processes.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from torch.utils.data import Sampler
+from xxhash import xxh3_64_intdigest
+
+from finetune.errors import DataError
+
+
+class EpochSampler(Sampler[int]):
+    """Row numbers of one epoch after the other, each in an order of its own.
+
+    A row of weight 2 comes twice an epoch; of rows of weight 0.5 half come, in the next epoch the
+    other half. `spans` are (number of rows, weight), one a source, in the order of the rows.
+    """
+
+    def __init__(self, spans: Sequence[tuple[int, float]], seed: int):
+        self.spans = tuple(spans)
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch that the next iteration gives, from 0."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return sum(_num_drawn(count, weight) for count, weight in self.spans)
+
+    def __iter__(self) -> Iterator[int]:
+        drawn, start = [], 0
+        for source, (count, weight) in enumerate(self.spans):
+            # The source's rows in a fixed order, gone round and round: the next epoch goes on where
+            # this one ended, so that no row comes again before all others have come
+            order = np.random.default_rng([self.seed, source]).permutation(count) + start
+            number = _num_drawn(count, weight)
+            drawn.append(order[np.arange(self.epoch * number, (self.epoch + 1) * number) % count])
+            start += count
+        numbers = np.concatenate(drawn)
+        yield from (
+            np.random.default_rng([self.seed, len(self.spans), self.epoch])
+            .permutation(numbers)
+            .tolist()
+        )
+
+
+def _num_drawn(count: int, weight: float) -> int:
+    return max(round(count * weight), 1) if count else 0
+
+
+def hold_out(
+    num_rows: int, rows_of_keys: np.ndarray, keys: np.ndarray, fraction: float, seed: int
+) -> np.ndarray:
+    """Which rows are held out [num_rows, bool]: about `fraction` of them, at least one.
+
+    `keys` are the pictures' (of a row without one, the row's own), `rows_of_keys` whose they are;
+    every row has at least one. Rows that share a key, directly or through other rows, stay on one
+    side, or a figure would be measured on pictures seen in training. Groups are taken in an order
+    that their content and the seed decide, so that rows added later change little. Raises
+    `DataError` where nothing would be left to train on.
+    """
+    _, group_of, sizes = np.unique(
+        _groups(num_rows, rows_of_keys, keys), return_inverse=True, return_counts=True
+    )
+    content = np.full(len(sizes), np.iinfo(np.uint64).max, np.uint64)
+    np.minimum.at(content, group_of[rows_of_keys], keys)
+    shuffled = [xxh3_64_intdigest(key.tobytes(), seed) for key in content]
+    order = np.argsort(np.array(shuffled, np.uint64), kind="stable")
+    before = np.cumsum(sizes[order]) - sizes[order]
+    taken = order[before < max(round(num_rows * fraction), 1)]
+    if len(taken) == len(sizes):
+        raise DataError(
+            f"data.eval_fraction: {num_rows:,} rows in {len(sizes):,} groups that share pictures "
+            f"leave nothing to train on at {fraction:g}; lower it, or name data.eval"
+        )
+    return np.isin(group_of, taken)
+
+
+def _groups(num_rows: int, rows_of_keys: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """The lowest row number of each row's group of rows connected by keys [num_rows]."""
+    parent = list(range(num_rows))
+
+    def find(row: int) -> int:
+        while parent[row] != row:
+            parent[row] = parent[parent[row]]
+            row = parent[row]
+        return row
+
+    by_key = np.argsort(keys, kind="stable")
+    ordered, rows = keys[by_key], rows_of_keys[by_key]
+    for k in np.flatnonzero(ordered[1:] == ordered[:-1]).tolist():
+        low, high = sorted((find(int(rows[k])), find(int(rows[k + 1]))))
+        parent[high] = low
+    return np.array([find(row) for row in range(num_rows)], np.int64)

@@ -1,0 +1,131 @@
+"""`finetune preview`: rows as the model reads them, before anything is trained on them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from finetune.data.examples import Encoder
+from finetune.data.sources import Row
+from finetune.errors import DataError
+from finetune.model.load import load_config, load_processor, quiet_libraries
+from finetune.preparation import cache_of, open_sources, open_streams
+from finetune.preview_page import PreviewRow, preview_row, refuse_other_than_page, write_preview
+from finetune.recipe import Recipe
+from finetune.tables import messages_console
+
+NUM_ROWS = 8
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Rows that can be shown, and `(where, reason)` of those that cannot."""
+
+    rows: list[PreviewRow]
+    problems: list[tuple[str, str]]
+    num_rows_in_all: int | None
+    processor: Any
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """What `--json` prints, a line a row."""
+        return [preview_row(row.example, self.processor) for row in self.rows]
+
+
+def preview(
+    recipe: Recipe,
+    *,
+    num_rows: int = NUM_ROWS,
+    chosen: Sequence[str] = (),
+    seed: int = 0,
+    held_out: bool = False,
+    console: Console | None = None,
+) -> Preview:
+    """Encode some rows of the training entries, or of the eval entries with `held_out`.
+
+    `chosen` names rows as other verbs do, by `file:line` or the end of it; without any, `num_rows`
+    are drawn by the seed, or come first where the rows are streamed. Raises `FinetuneError`.
+    """
+    console = console or messages_console()
+    quiet_libraries()
+    if held_out and not recipe.data.eval:
+        raise DataError("data.eval is empty; leave --held-out out, or name held-out rows there")
+    _, family = load_config(recipe.model)
+    processor = load_processor(recipe.model, recipe.images)
+    encoder = Encoder.of_recipe(processor, family, recipe.images, recipe.data)
+    read, total = _read(recipe, num_rows, chosen, seed, held_out, console)
+    rows, problems = [], []
+    for where, row in read:
+        try:
+            if isinstance(row, DataError):
+                raise row
+            rows.append(PreviewRow.of_fitted(*encoder.encode_fitted(row)))
+        except DataError as error:
+            problems.append((where, str(error)))
+    return Preview(rows, problems, total, processor)
+
+
+def write_page(shown: Preview, recipe: Recipe, title: str, out: Path) -> Path:
+    """The page. Raises `RunDirError` for a place that holds something else."""
+    refuse_other_than_page(out)
+    return write_preview(
+        shown.rows,
+        shown.processor,
+        out,
+        title=title,
+        model=recipe.model.name,
+        images=recipe.images,
+        num_rows=shown.num_rows_in_all,
+        problems=shown.problems,
+    )
+
+
+def _read(
+    recipe: Recipe,
+    num_rows: int,
+    chosen: Sequence[str],
+    seed: int,
+    held_out: bool,
+    console: Console,
+) -> tuple[list[tuple[str, Row | DataError]], int | None]:
+    """The rows asked for, and how many there are, where that is known."""
+    cache = cache_of(recipe.output.dir)
+    entries = recipe.data.eval if held_out else recipe.data.train
+    if any(entry.streaming for entry in entries):
+        if chosen:
+            raise DataError("streamed rows cannot be chosen by their place; leave --row out")
+        streams = open_streams(recipe, cache, console)
+        each = [list(_first(stream.iterate(), num_rows)) for stream in streams]
+        return [row for rows in each for row in rows][:num_rows], None
+    sources = open_sources(entries, recipe.data, cache, console)
+    places = [(source, i) for source in sources for i in range(len(source))] if chosen else []
+    total = sum(len(source) for source in sources)
+    if chosen:
+        picked = []
+        for name in chosen:
+            found = [
+                (source, i)
+                for source, i in places
+                if source.container.where(i) == name or source.container.where(i).endswith(name)
+            ]
+            if len(found) != 1:
+                raise DataError(
+                    f"--row {name}: {len(found):,} rows have a place that ends so; write it as "
+                    "check prints it, such as data/train.jsonl:41"
+                )
+            picked += found
+    else:
+        ends = np.cumsum([len(source) for source in sources])
+        numbers = np.random.default_rng(seed).permutation(total)[:num_rows]
+        picked = []
+        for number in sorted(numbers.tolist()):
+            k = int(np.searchsorted(ends, number, side="right"))
+            picked.append((sources[k], number - (int(ends[k - 1]) if k else 0)))
+    return [row for source, i in picked for row in source.rows(i, i + 1)], total
+
+
+def _first(rows: Any, count: int) -> Any:
+    for _, row in zip(range(count), rows, strict=False):
+        yield row

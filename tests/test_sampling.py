@@ -1,0 +1,91 @@
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from finetune.data.sampling import EpochSampler, hold_out
+from finetune.errors import DataError
+
+
+def epochs(sampler: EpochSampler, count: int) -> list[list[int]]:
+    drawn = []
+    for epoch in range(count):
+        sampler.set_epoch(epoch)
+        drawn.append(list(sampler))
+    return drawn
+
+
+def test_at_weight_one_every_row_comes_once_an_epoch_in_another_order() -> None:
+    first, second = epochs(EpochSampler([(50, 1.0)], seed=0), 2)
+    assert sorted(first) == sorted(second) == list(range(50))
+    assert first != second
+
+
+def test_a_row_of_weight_two_comes_twice_and_of_one_half_every_second_epoch() -> None:
+    sampler = EpochSampler([(10, 2.0), (10, 0.5), (10, 1.0)], seed=3)
+    assert len(sampler) == 20 + 5 + 10
+    first, second = epochs(sampler, 2)
+    assert len(first) == len(sampler)
+    for drawn in (first, second):
+        times = Counter(drawn)
+        assert all(times[row] == 2 for row in range(10))
+        assert all(times[row] == 1 for row in range(20, 30))
+    halves = [{row for row in drawn if 10 <= row < 20} for drawn in (first, second)]
+    assert halves[0] | halves[1] == set(range(10, 20))
+    assert not halves[0] & halves[1]
+
+
+def test_a_weight_with_a_fraction_gives_every_row_its_share_over_epochs() -> None:
+    times = Counter(row for drawn in epochs(EpochSampler([(7, 1.3)], seed=1), 70) for row in drawn)
+    assert max(times.values()) - min(times.values()) <= 1
+    assert sum(times.values()) == 70 * round(7 * 1.3)
+
+
+def test_the_order_depends_on_seed_and_epoch_alone() -> None:
+    spans = [(20, 1.5), (5, 1.0)]
+    assert epochs(EpochSampler(spans, 7), 3) == epochs(EpochSampler(spans, 7), 3)
+    assert epochs(EpochSampler(spans, 7), 1) != epochs(EpochSampler(spans, 8), 1)
+    later = EpochSampler(spans, 7)
+    later.set_epoch(2)
+    assert list(later) == epochs(EpochSampler(spans, 7), 3)[2]
+
+
+def test_a_tiny_weight_still_draws_a_row() -> None:
+    assert len(EpochSampler([(10, 0.001)], 0)) == 1
+    assert len(EpochSampler([(0, 1.0), (3, 1.0)], 0)) == 3
+
+
+def keyed(keys_of_rows: list[list[int]]) -> tuple[int, np.ndarray, np.ndarray]:
+    rows = [row for row, keys in enumerate(keys_of_rows) for _ in keys]
+    keys = [key for keys in keys_of_rows for key in keys]
+    return len(keys_of_rows), np.array(rows), np.array(keys, np.uint64)
+
+
+def test_about_the_fraction_is_held_out_and_the_seed_decides_which() -> None:
+    rows = keyed([[1000 + i] for i in range(200)])
+    held = hold_out(*rows, 0.1, seed=0)
+    assert held.sum() == 20
+    assert (held == hold_out(*rows, 0.1, seed=0)).all()
+    assert (held != hold_out(*rows, 0.1, seed=1)).any()
+
+
+def test_rows_that_share_a_picture_stay_on_one_side() -> None:
+    # rows 0, 1 and 2 hang together through pictures 5 and 6; others stand alone
+    rows = keyed([[5], [5, 6], [6], *[[100 + i] for i in range(9)]])
+    sides = set()
+    for seed in range(40):
+        held = hold_out(*rows, 0.3, seed=seed)
+        assert held[0] == held[1] == held[2]
+        sides.add(bool(held[0]))
+    assert sides == {True, False}
+
+
+def test_rows_added_later_leave_the_others_where_they_were() -> None:
+    before = hold_out(*keyed([[1000 + i] for i in range(100)]), 0.2, seed=0)
+    after = hold_out(*keyed([[5000], *[[1000 + i] for i in range(100)]]), 0.2, seed=0)
+    assert (before == after[1:]).sum() >= 99
+
+
+def test_one_group_cannot_be_parted() -> None:
+    with pytest.raises(DataError, match=r"data\.eval_fraction: 3 rows in 1 groups"):
+        hold_out(*keyed([[5], [5], [5]]), 0.5, seed=0)

@@ -1,0 +1,199 @@
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.utils.data import DataLoader
+
+from finetune.data import streaming
+from finetune.data.examples import Encoder
+from finetune.data.sources import open_stream_source
+from finetune.data.streaming import ExampleStream, Position, StreamCollator, StreamedExample
+from finetune.errors import DataError
+from finetune.recipe import DataSection, DataSource, load_recipe
+from finetune.rundir import RunDir, read_json, read_jsonl
+from finetune.train import train
+from tests.conftest import chat_row, write_rows
+
+
+@pytest.fixture(autouse=True)
+def _small_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "WINDOW", 8)
+
+
+@pytest.fixture
+def make_stream(encoder: Encoder, tmp_path: Path) -> Callable[..., ExampleStream]:
+    """A stream of the files' rows; a row that asks `bad` is no row."""
+
+    def make(files: dict[str, list[str]], **settings: Any) -> ExampleStream:
+        sources = []
+        weights = settings.pop("weights", [1.0] * len(files))
+        for (name, questions), weight in zip(files.items(), weights, strict=True):
+            write_rows(
+                tmp_path / f"{name}.jsonl",
+                [{"messages": []} if q == "bad" else chat_row(q, "x") for q in questions],
+            )
+            entry = DataSource(
+                path=str(tmp_path / f"{name}.jsonl"), format="chat", streaming=True, weight=weight
+            )
+            sources.append(open_stream_source(entry, DataSection(train=(entry,)), tmp_path / "c"))
+        defaults = {"seed": 0, "skip_bad": True, "skip_overlong": True}
+        return ExampleStream(sources, encoder, **(defaults | settings))
+
+    return make
+
+
+def wheres(items: Iterator[StreamedExample]) -> list[str]:
+    return [item.example.where.rpartition("/")[2] for item in items]
+
+
+def names(prefix: str, count: int) -> list[str]:
+    return [f"{prefix}{i}" for i in range(count)]
+
+
+def test_every_row_comes_once_an_epoch_in_another_order_each(
+    make_stream: Callable[..., ExampleStream],
+) -> None:
+    both = wheres(islice(make_stream({"a": names("q", 30)}), 60))
+    first, second = both[:30], both[30:]
+    assert sorted(first) == sorted(second) == sorted(f"a.jsonl:{i + 1}" for i in range(30))
+    assert first != second
+
+
+@pytest.mark.parametrize(("num_ranks", "num_workers"), [(1, 2), (2, 1), (3, 0), (2, 3)])
+def test_no_row_is_read_twice_by_any_number_of_processes(
+    make_stream: Callable[..., ExampleStream], num_ranks: int, num_workers: int
+) -> None:
+    """Each rank's loader is stopped after its share of one epoch, with real loading processes."""
+    files = {"a": names("q", 24), "b": names("r", 12)}
+    seen: Counter[str] = Counter()
+    for rank in range(num_ranks):
+        stream = make_stream(files, rank=rank, num_ranks=num_ranks)
+        loader = DataLoader(stream, batch_size=None, num_workers=num_workers)
+        seen.update(wheres(islice(iter(loader), 36 // num_ranks)))
+    assert set(seen.values()) == {1}
+    assert len(seen) == 36
+
+
+def test_sources_are_mixed_by_their_weights_while_both_last(
+    make_stream: Callable[..., ExampleStream],
+) -> None:
+    stream = make_stream({"a": names("q", 80), "b": names("r", 80)}, weights=[3.0, 1.0])
+    drawn = wheres(islice(stream, 80))
+    assert sum(where.startswith("a") for where in drawn) == 60
+    rest = wheres(islice(stream, 160))
+    assert len(set(rest)) == 160  # and still each row once
+
+
+@pytest.mark.parametrize("stop", [1, 7, 8, 20, 39, 40, 41, 75])
+def test_going_on_from_a_position_gives_what_would_have_come(
+    make_stream: Callable[..., ExampleStream], stop: int
+) -> None:
+    questions = names("q", 21)
+    questions[3] = questions[12] = "bad"
+    files = {"a": questions, "b": names("r", 22)}
+    unbroken = list(islice(make_stream(files, weights=[2.0, 1.0]), 90))
+    position = Position.from_json(unbroken[stop - 1].position.to_json())
+    resumed = make_stream(files, weights=[2.0, 1.0], positions={0: position})
+    assert wheres(islice(resumed, 90 - stop)) == wheres(iter(unbroken[stop:]))
+
+
+def test_rows_taken_are_rows_trained_plus_rows_listed(
+    make_stream: Callable[..., ExampleStream],
+) -> None:
+    questions = names("q", 20)
+    questions[0] = questions[7] = questions[19] = "bad"
+    items = list(islice(make_stream({"a": questions}), 17 * 3))
+    listed = [finding for item in items for finding in item.findings]
+    assert sum(item.num_taken for item in items) == len(items) + len(listed)
+    assert {f.where.rpartition(":")[2] for f in listed} <= {"1", "8", "20"}
+
+
+def test_a_bad_row_stops_a_stream_that_may_not_skip(
+    make_stream: Callable[..., ExampleStream],
+) -> None:
+    with pytest.raises(DataError, match=r"a\.jsonl:2: .*'messages'"):
+        list(islice(make_stream({"a": ["q", "bad"]}, skip_bad=False), 4))
+
+
+def test_a_stream_without_a_usable_row_ends_in_an_error_and_not_in_a_loop(
+    make_stream: Callable[..., ExampleStream],
+) -> None:
+    with pytest.raises(DataError, match="no usable row for loading process 0 of 1"):
+        next(iter(make_stream({"a": ["bad", "bad"]})))
+
+
+def test_a_batch_tells_where_its_last_row_stood(
+    make_stream: Callable[..., ExampleStream], encoder: Encoder
+) -> None:
+    items = list(islice(make_stream({"a": names("q", 5)}), 4))
+    batch = StreamCollator(encoder.processor)(items)
+    assert batch["input_ids"].shape[0] == 4
+    assert batch["stream"]["num_taken"] == 4
+    assert Position.from_json(batch["stream"]["position"]) == items[-1].position
+
+
+def stream_recipe(dataset: Callable[..., Path], **training: Any) -> Path:
+    recipe = dataset(training={"max_steps": 6, "batch_size": 2, "num_workers": 1} | training)
+    text = recipe.read_text().replace('train.jsonl"}', 'train.jsonl", "streaming": true}')
+    recipe.write_text(text)
+    assert load_recipe(recipe).data.train[0].streaming
+    return recipe
+
+
+def test_a_streamed_run_resumed_ends_as_an_unbroken_one(
+    dataset: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = load_recipe(stream_recipe(dataset), ["data.bad_rows=skip", "adapter.dropout=0"])
+    lines = (tmp_path / "train.jsonl").read_text().splitlines()
+    lines[5] = "{"
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    assert train(recipe) == 0
+    run = RunDir(tmp_path / "run")
+    summary = read_json(run.summary)
+    assert (summary["num_train_rows"], summary["num_skipped_rows"]) == (12, 1)
+    assert [row["where"].rpartition("/")[2] for row in read_jsonl(run.skipped)] == ["train.jsonl:6"]
+    unbroken = (run.adapter / "adapter_model.safetensors").read_bytes()
+    # as if it had been killed after the checkpoint at step 4
+    for checkpoint in run.checkpoints.iterdir():
+        if checkpoint.name == "checkpoint-6":
+            for file in sorted(checkpoint.rglob("*"), reverse=True):
+                file.unlink()
+            checkpoint.rmdir()
+    assert train(recipe, resume=True) == 0
+    assert (run.adapter / "adapter_model.safetensors").read_bytes() == unbroken
+    assert read_json(run.summary)["num_train_rows"] == 12
+    assert len(read_jsonl(run.skipped)) == 1
+
+
+def test_a_stream_is_not_resumed_with_another_number_of_processes(
+    dataset: Callable[..., Path], tmp_path: Path
+) -> None:
+    from finetune.errors import RunDirError
+
+    path = stream_recipe(dataset, num_workers=2, max_steps=3)
+    assert train(load_recipe(path)) == 0
+    state = next(RunDir(tmp_path / "run").checkpoints.glob("*-2/stream-0.json"))
+    assert set(read_json(state)["positions"]) == {"0", "1"}
+    last = tmp_path / "run" / "checkpoints" / "checkpoint-3"
+    (last / "trainer_state.json").unlink()  # not whole, so the one before it counts
+    changed = load_recipe(path, ["training.num_workers=1"])
+    (tmp_path / "run" / "recipe.yaml").write_text(
+        (tmp_path / "run" / "recipe.yaml").read_text().replace("num_workers: 2", "num_workers: 1")
+    )
+    with pytest.raises(RunDirError, match="another number of loading or training processes"):
+        train(changed, resume=True)
+
+
+def test_streams_need_a_number_of_steps_and_cannot_be_mixed_or_carved(
+    dataset: Callable[..., Path],
+) -> None:
+    from finetune.errors import RecipeError
+
+    recipe = dataset(training={"epochs": 1, "max_steps": None}, num_eval=0)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe, ["data.train.0.streaming=true", "data.eval_fraction=0.1"])
+    assert "set training.max_steps" in str(caught.value)
+    assert "data.eval_fraction: needs all rows before training" in str(caught.value)
