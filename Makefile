@@ -42,9 +42,11 @@ check: dev
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/python -m finetune.recipe.docs --check
+	$(BIN)/python -m scripts.bad_rows_table --check
 
 docs: dev
 	$(BIN)/python -m finetune.recipe.docs
+	$(BIN)/python -m scripts.bad_rows_table
 
 clean:
 	rm -rf .venv runs dist build

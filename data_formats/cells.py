@@ -25,7 +25,7 @@ def text_at(row: dict[Any, Any], key: str) -> str:
         raise FormatError(missing(row, key, "this format needs it"))
     text = row[key]
     if not isinstance(text, str) or not text.strip():
-        raise FormatError(must_be(repr(key), "a text", text or None))
+        raise FormatError(must_be(repr(key), "a text", None if _is_blank(text) else text))
     return text
 
 
@@ -73,6 +73,10 @@ def ask(
             Message("assistant", (Text(answer),), True, right),
         )
     )
+
+
+def _is_blank(value: Any) -> bool:
+    return isinstance(value, str) and not value.strip()
 
 
 def _answer(value: Any, place: str) -> str:

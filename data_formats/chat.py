@@ -23,7 +23,8 @@ Role = Literal["system", "user", "assistant"]
 _ROLES = ("system", "user", "assistant")
 _MESSAGE_KEYS = frozenset({"role", "content", "train", "references"})
 _TEXT_KEYS = frozenset({"type", "text"})
-_IMAGE_KEYS = frozenset({"type", "image"})
+_IMAGE_NAMES = ("image", "path", "url", "base64")  # transformers' templates know all four
+_IMAGE_KEYS = frozenset({"type", *_IMAGE_NAMES})
 # What other formats write into a message: such a row is theirs, and not a misspelt one of ours.
 _FOREIGN_KEYS = ("weight", "loss", "name", "tool_calls", "function_call", "refusal", "audio")
 
@@ -257,7 +258,7 @@ def _message(value: Any, i: int, images: _TakenInOrder) -> Message:
     if role not in _ROLES:
         raise FormatError(
             f"messages[{i}].role is {shown(role)}; expected system, user or assistant; "
-            "write one of them"
+            "write one of them, or leave the row out"
         )
     train = value.get("train", True)
     if train is not True and train is not False:
@@ -286,8 +287,14 @@ def _references(value: Any, role: Role, place: str) -> tuple[str, ...]:
         raise FormatError(
             f"{place}.references are given for a {role} turn; move them to the assistant's answer"
         )
-    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+    if not isinstance(value, list):
         raise FormatError(must_be(f"{place}.references", "a list of strings", value))
+    for text in value:
+        if not isinstance(text, str):
+            raise FormatError(
+                f"{place}.references must be a list of strings, found {kind(text)} in it; write "
+                "each as a string"
+            )
     return tuple(value)
 
 
@@ -305,7 +312,13 @@ def _part(value: Any, i: int, j: int, images: _TakenInOrder) -> Text | Image:
     if type_ == "image":
         if not value.keys() <= _IMAGE_KEYS:
             refuse_unknown_keys(value, ("type", "image"), f"messages[{i}].content[{j}]")
-        image = value.get("image")
+        given = [value[key] for key in _IMAGE_NAMES if value.get(key) is not None]
+        if len(given) > 1:
+            raise FormatError(
+                f"messages[{i}].content[{j}] names its image in several ways; keep one of "
+                f"{', '.join(_IMAGE_NAMES)}"
+            )
+        image = given[0] if given else None
         if isinstance(image, str) and image:
             return Image(image)
         if image is None:
@@ -316,7 +329,7 @@ def _part(value: Any, i: int, j: int, images: _TakenInOrder) -> Text | Image:
                 return Image("")
         return parse_image(image, f"messages[{i}].content[{j}].image")
     of_openai = isinstance(type_, str) and type_ in ("image_url", "input_text", "input_image")
-    todo = "set format: openai for such parts" if of_openai else "write one of them"
+    todo = "set format: openai for such parts" if of_openai else "write one, or leave the row out"
     raise FormatError(
         f"messages[{i}].content[{j}].type is {shown(type_)}; expected 'text' or 'image'; {todo}"
     )

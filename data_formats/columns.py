@@ -48,9 +48,14 @@ def parse(row: Any, *, columns: Mapping[str, str], question: str | None = None) 
     images: list[Image] = []
     for role in ("image", "images"):
         value = cells.get(role)
-        if value in (None, "", []):
+        if role not in columns:
             continue
         place = columns[role]
+        if value in (None, "", []):
+            raise FormatError(
+                f"{place!r} holds no picture; give one, or keep rows without in a source of their "
+                "own whose columns name no picture"
+            )
         if isinstance(value, list):
             images += [parse_image(image, f"{place}[{i}]") for i, image in enumerate(value)]
         else:
@@ -76,4 +81,5 @@ def _cell(row: dict[Any, Any], role: str, column: str) -> Any:
 def _text(value: Any, column: str) -> str:
     if isinstance(value, str) and value.strip():
         return value
-    raise FormatError(must_be(repr(column), "the question's text", value, verb="hold"))
+    found = None if isinstance(value, str) else value  # a blank one
+    raise FormatError(must_be(repr(column), "the question's text", found, verb="hold"))

@@ -66,7 +66,10 @@ def _read(text: str) -> dict[str, Any]:
 def _write(fields: Any) -> str:
     try:
         return json.dumps(fields, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    except (ValueError, TypeError, RecursionError) as error:
+    except RecursionError as error:
+        raise FormatError("'ground_truth' is nested too deeply; write it flatter") from error
+    except (ValueError, TypeError) as error:
         raise FormatError(
-            f"the fields cannot be written as JSON ({str(error)[:80]}); mend 'ground_truth'"
+            "the fields cannot be written as JSON, which has no NaN, infinite numbers or bytes; "
+            "write null or a string instead"
         ) from error

@@ -70,6 +70,7 @@ FORMATS: dict[str, Format] = {
     )
 }
 
+_KEYS = ("messages", "conversations", "conversation", "texts", "query", "response", "ground_truth")
 _IMAGE_WORDS = ("image", "img", "photo", "picture", "scan", "file_name", "filename")
 _QUESTION_WORDS = ("question", "query", "prompt", "instruction", "problem")
 _ANSWER_WORDS = (
@@ -103,7 +104,9 @@ def converter(
     if columns:
         raise FormatError(f"columns has no effect with format {name!r}; set format: columns")
     if question and not FORMATS[name].takes_question:
-        raise FormatError(f"question has no effect with format {name!r}, whose rows have their own")
+        raise FormatError(
+            f"question has no effect with format {name!r}, whose rows have their own; remove it"
+        )
     return partial(FORMATS[name].parse, question=question) if question else FORMATS[name].parse
 
 
@@ -166,7 +169,13 @@ def _no_format(row: dict[Any, Any]) -> str:
     answer = _like([name for name in names if name != image], _ANSWER_WORDS)
     question = _like([name for name in names if name not in (image, answer)], _QUESTION_WORDS)
     if not answer or not (image or question):
-        return message + "set format to the one that made the rows, or to columns"
+        for name in names:
+            if near := nearest(name, _KEYS):
+                return message + f"is {name!r} meant to be {near!r}?"
+        return (
+            message + "set format to the one that made the rows, or name the columns, such as "
+            "columns: {image: photo, question: asked, answer: given}"
+        )
     mapping = {
         "images" if isinstance(row.get(image), list) else "image": image,
         "question": question,

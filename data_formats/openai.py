@@ -106,7 +106,7 @@ def _message(value: Any, place: str) -> Message:
     if not isinstance(role, str) or role not in _ROLES:
         raise FormatError(
             f"{place}.role is {shown(role)}; expected system, developer, user or "
-            "assistant; write one of them"
+            "assistant; write one of them, or leave the row out"
         )
     for key in _REFUSED_KEYS:
         if value.get(key):
@@ -150,5 +150,7 @@ def _part(value: Any, place: str) -> Text | Image:
     if type_ in _IMAGE_TYPES:
         refuse_unknown_keys(held, ("type", "image_url", "detail"), place)
         return parse_image(value.get("image_url"), f"{place}.image_url")
-    todo = "set format: chat for such parts" if type_ == "image" else "write one of them"
+    todo = (
+        "set format: chat for such parts" if type_ == "image" else "write one, or leave the row out"
+    )
     raise FormatError(f"{place}.type is {shown(type_)}; expected 'text' or 'image_url'; {todo}")

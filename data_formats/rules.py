@@ -19,8 +19,9 @@ def refuse_odd_turns(conversation: Conversation) -> None:
         for reference in message.references:
             _refuse_broken_text(reference, number, role)
         if is_blank(message):
+            todo = "text" if role == "assistant" else "text or an image"
             raise FormatError(
-                f"turn {number} ({role}) is empty; give it text or an image, or leave it out"
+                f"turn {number} ({role}) is empty; give it {todo}, or leave the row out"
             )
         if role == "system":
             if is_asked:

@@ -84,7 +84,7 @@ def parse_turns(
         if not isinstance(name, str) or name not in roles:
             raise FormatError(
                 f"{where}.{role_key} is {shown(name)}; expected {listed(list(roles), 'or')}; write "
-                "one of them"
+                "one of them, or leave the row out"
             )
         if not isinstance(text, str):
             raise FormatError(must_be(f"{where}.{text_key}", "a string", text))

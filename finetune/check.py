@@ -2,10 +2,9 @@
 for.
 """
 
-import itertools
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,14 @@ from typing import Any
 from rich.console import Console
 
 from finetune.check_page import write_check_page
-from finetune.checking import Duplicates, Entry, Part, find_duplicates, summarise_part
+from finetune.checking import (
+    Duplicates,
+    Entry,
+    Part,
+    find_duplicates,
+    read_problems,
+    summarise_part,
+)
 from finetune.data.examination import (
     CHANGED,
     LEFT_OUT,
@@ -23,18 +29,21 @@ from finetune.data.examination import (
 )
 from finetune.data.examined import examine_once
 from finetune.data.examples import Encoder
-from finetune.data.sources import Rows
+from finetune.data.sources import Rows, Source, StreamSource
 from finetune.errors import RunDirError
 from finetune.model.load import load_config, load_processor, quiet_libraries
 from finetune.preparation import (
+    PreparedRows,
     cache_of,
+    carve,
+    counted,
     open_sources,
     open_streams,
     progress,
     write_lists,
 )
 from finetune.recipe import Recipe, recipe_warnings
-from finetune.tables import check_tables, messages_console, results_console
+from finetune.tables import check_table, costly_rows, messages_console, results_console
 
 PAGE = "check.html"
 OURS = {PAGE, "skipped.jsonl", "changed.jsonl"}
@@ -78,8 +87,8 @@ class CheckResult:
         return {
             "rows": self.num_rows,
             "usable": sum(part.num_usable for part in self.parts),
-            "problems": [{"where": f.where, "reason": f.reason} for f in self.problems()],
-            "changed": [{"where": f.where, "reason": f.reason} for f in self.changed()],
+            "problems": [f.to_json() for f in self.problems()],
+            "changed": [f.to_json() for f in self.changed()],
             "formats": {
                 entry.shown: entry.format_name for part in self.parts for entry in part.entries
             },
@@ -113,16 +122,27 @@ def check(
     folder = _folder(out or Path(recipe.output.dir.rstrip("/") + "-check"))
     cache = cache_of(recipe.output.dir)
     start = time.perf_counter()
+    data, streamed = recipe.data, any(entry.streaming for entry in recipe.data.train)
+    streams = open_streams(recipe, cache, console) if streamed else []
+    opened = open_sources([() if streamed else data.train, data.eval], data, cache, console)
     parts, examinations, places = [], [], []
-    for name, entries in (("train", recipe.data.train), ("eval", recipe.data.eval)):
-        if not entries:
+    for name, sources in zip(("train", "eval"), opened, strict=True):
+        if not sources and not (name == "train" and streams):
             continue
-        read = _read_streams if any(entry.streaming for entry in entries) else _read_sources
         with progress(console, f"checking {name} rows") as on_progress:
-            shown, examination, place = read(name, recipe, encoder, cache, console, on_progress)
+            if sources:
+                shown, examination, place = _read_sources(sources, encoder, cache, on_progress)
+            else:
+                shown, examination, place = _read_streams(streams, encoder, on_progress)
         parts.append(summarise_part(name, shown, examination, place))
         examinations.append(examination)
         places.append(place)
+    if data.eval_fraction and parts[0].num_usable:
+        usable = examinations[0].usable()
+        train = PreparedRows(
+            Rows(opened[0], usable), examinations[0].counts[usable], examinations[0]
+        )
+        carve(train, data, console)
     duplicates = None
     if len(parts) == 2:
         duplicates = find_duplicates(examinations[0], examinations[1], places[1])
@@ -159,15 +179,11 @@ Read = tuple[list[Entry], Examination, Callable[[int], str]]
 
 
 def _read_sources(
-    name: str,
-    recipe: Recipe,
+    sources: Sequence[Source],
     encoder: Encoder,
     cache: Path,
-    console: Console,
     on_progress: Callable[[int, int], None],
 ) -> Read:
-    entries = recipe.data.train if name == "train" else recipe.data.eval
-    sources = open_sources(entries, recipe.data, cache, console)
     examination, _ = examine_once(sources, encoder, cache, again=True, on_progress=on_progress)
     shown = [
         Entry(each.container.shown, len(each), each.reader.format_name, each.reader.same_as)
@@ -177,14 +193,8 @@ def _read_sources(
 
 
 def _read_streams(
-    name: str,
-    recipe: Recipe,
-    encoder: Encoder,
-    cache: Path,
-    console: Console,
-    on_progress: Callable[[int, int], None],
+    streams: Sequence[StreamSource], encoder: Encoder, on_progress: Callable[[int, int], None]
 ) -> Read:
-    streams = open_streams(recipe, cache, console)
     aside = Path(tempfile.mkdtemp(prefix="finetune-"))  # a stream may be another one next time
     examination = examine_streams(
         streams, encoder, findings_file=aside / "findings.jsonl", on_progress=on_progress
@@ -197,29 +207,45 @@ def _read_streams(
 
 
 def print_check(result: CheckResult, results: Console | None = None) -> None:
-    """The tables, the first problems, and where all of it stands."""
+    """The table, what is wrong with how many rows, and where all of it stands."""
     results = results or results_console()
-    for table in check_tables(result.parts, result.duplicates):
-        results.print(table)
-    shown = [str(finding) for finding in itertools.islice(result.problems(), PROBLEMS_SHOWN)]
-    if result.num_problems:
-        title = f"{result.num_problems:,} of {result.num_rows:,} rows cannot be used as they are"
-        lines = [f"\n{title}:", *(f"  {line}" for line in shown)]
-        if result.num_problems > len(shown):
-            lines.append(f"  ... and {result.num_problems - len(shown):,} more")
-        results.print("\n".join(lines), soft_wrap=True)
+    results.print(check_table(result.parts, result.duplicates))
+    for line in [*costly_rows(result.parts), "", *_verdict(result)]:
+        results.print(line, soft_wrap=True)
+
+
+def _verdict(result: CheckResult) -> Iterator[str]:
+    rows = counted(result.num_rows, "row")
+    if not result.num_problems:
+        yield f"all {rows} can be used (read in {result.seconds:.1f} s)"
     else:
-        rate = result.num_rows / result.seconds
-        results.print(
-            f"\nall {result.num_rows:,} rows can be used "
-            f"({result.seconds:.1f} s, {rate:,.0f} rows/s)",
-            soft_wrap=True,
+        data = result.recipe.data
+        skipped = (data.bad_rows == "skip" or not any(part.num_bad for part in result.parts)) and (
+            data.overlong == "skip" or not any(part.num_overlong for part in result.parts)
         )
+        then = "training leaves them out" if skipped else "training stops at them"
+        yield f"{result.num_problems:,} of {rows} cannot be used as they are; {then}:"
+        yield from _faults(result)
+        yield f"each row: {result.folder / 'skipped.jsonl'}"
+    if num_changed := sum(sum(part.changes.values()) for part in result.parts):
+        yield (f"{counted(num_changed, 'row')} made to fit; how: {result.folder / 'changed.jsonl'}")
     if result.duplicates and result.duplicates.num_same_both:
-        results.print(
-            f"warning: {result.duplicates.num_same_both:,} held-out rows ask what training asks of "
-            f"the same picture, such as {result.duplicates.examples[0]}: figures on them say less",
-            soft_wrap=True,
+        yield (
+            f"warning: {counted(result.duplicates.num_same_both, 'held-out row')} asked of a "
+            f"picture what training asks of it, such as {result.duplicates.examples[0]}; figures "
+            "on them say less"
         )
-    listed = " and skipped.jsonl" if result.num_problems else ""
-    results.print(f"report: {result.folder / PAGE}{listed}", soft_wrap=True)
+    yield f"report: {result.folder / PAGE}"
+
+
+def _faults(result: CheckResult) -> Iterator[str]:
+    """A line a row where there are few, otherwise a line a fault, the commonest first."""
+    if result.num_problems <= PROBLEMS_SHOWN:
+        yield from (f"  {problem}" for problem in result.problems())
+        return
+    _, faults, _ = read_problems(result.problems())
+    for fault in faults[:PROBLEMS_SHOWN]:
+        more = f" (and {fault.count - 1:,} like it)" if fault.count > 1 else ""
+        yield f"  {fault.where}: {fault.reason}{more}"
+    if len(faults) > PROBLEMS_SHOWN:
+        yield f"  ... and {counted(len(faults) - PROBLEMS_SHOWN, 'other fault')}"

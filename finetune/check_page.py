@@ -8,7 +8,7 @@ which problems are one fault repeated.
 import itertools
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
@@ -19,15 +19,18 @@ from markupsafe import Markup, escape
 
 from finetune import __version__
 from finetune.charts import Limit, histogram_chart
-from finetune.checking import Duplicates, Histogram, Part
+from finetune.checking import (
+    Duplicates,
+    Histogram,
+    Part,
+    read_problems,
+)
 from finetune.data.examination import Finding
 from finetune.environment import environment
 from finetune.recipe import DataSection, Recipe
 from finetune.report import text_of
 from finetune.rundir import write_text
 
-PROBLEMS_SHOWN = 500
-PROBLEMS_COUNTED = 100_000  # told apart by fault; beyond that the picture does not change
 FAULTS_SHOWN = 25
 FEW_LEARNT = 0.01  # a smaller share of learnt tokens is worth a look
 LIMIT_IN_SIGHT = 1.5  # data.max_tokens is drawn up to this many times the longest row
@@ -66,7 +69,7 @@ class Checked(Protocol):
 def write_check_page(result: Checked, out: Path) -> Path:
     """Write the page to `out`, whole or not at all; returns `out`.
 
-    Of the problems, which may be a million, only the first `PROBLEMS_COUNTED` are read.
+    Of the problems, which may be a million, only the first 100,000 are read.
     """
     page = Environment(
         autoescape=True,
@@ -246,55 +249,6 @@ def _rows(count: int, which: str) -> str:
 
 def _s(count: int, one: str, many: str) -> str:
     return one if count == 1 else many
-
-
-# The problems.
-
-# What differs between rows with the same fault: quoted names, and numbers.
-_SLOT = re.compile(r"""((?<!\w)(['"])(?:\\.|(?!\2).)*\2(?!\w)|\d[\d,]*(?:\.\d+)?)""", re.DOTALL)
-
-
-@dataclass
-class Fault:
-    """Problems whose reasons are alike but for quoted names and numbers; `where` is the first."""
-
-    kind: str
-    where: str
-    pieces: tuple[str, ...]  # the text around the slots
-    slots: list[str | None]  # what all reasons have there, or None where it differs
-    count: int = field(default=1)
-
-    @property
-    def reason(self) -> str:
-        """What all of them have in common, with an ellipsis where they differ."""
-        slots = ["…" if slot is None else slot for slot in self.slots]
-        return "".join(itertools.chain(*itertools.zip_longest(self.pieces, slots, fillvalue="")))
-
-
-def read_problems(problems: Iterator[Finding]) -> tuple[list[Finding], list[Fault], int]:
-    """The first problems, the faults among the first `PROBLEMS_COUNTED`, commonest first, and how
-    many those are.
-    """
-    first: list[Finding] = []
-    faults: dict[tuple[str, tuple[str, ...]], Fault] = {}
-    num_counted = 0
-    for problem in itertools.islice(problems, PROBLEMS_COUNTED):
-        num_counted += 1
-        if num_counted <= PROBLEMS_SHOWN:
-            first.append(problem)
-        # the pattern has two groups, so that text, slot and quotation mark follow each other
-        parts = _SLOT.split(text_of(problem.reason))
-        pieces, slots = tuple(parts[::3]), parts[1::3]
-        fault = faults.get((problem.kind, pieces))
-        if fault is None:
-            faults[problem.kind, pieces] = Fault(problem.kind, problem.where, pieces, [*slots])
-            continue
-        fault.count += 1
-        fault.slots = [
-            known if known == slot else None for known, slot in zip(fault.slots, slots, strict=True)
-        ]
-    # sorted is stable: of equally common faults, the one met first stays first
-    return first, sorted(faults.values(), key=lambda fault: -fault.count), num_counted
 
 
 # The charts.

@@ -1,16 +1,21 @@
 """What `finetune check` finds, as plain values: counts, distributions, extremes and duplicates."""
 
+import itertools
+import re
 from collections import Counter
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from finetune.data.examination import BAD, CHANGED, OVERLONG, Examination
+from finetune.data.examination import BAD, CHANGED, OVERLONG, Examination, Finding
 
 NUM_EXTREMES = 10  # longest and heaviest rows that are named
 NUM_EXAMPLES = 10  # duplicates that are named
 NUM_BINS = 40
+PROBLEMS_LISTED = 500
+PROBLEMS_COUNTED = 100_000  # told apart by fault; beyond that the picture does not change
+REASON_SHOWN = 500  # characters
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,9 @@ class Duplicates:
     examples: list[str]
 
 
-def summarise_part(name: str, entries: list[Entry], examination: Examination, place: Any) -> Part:
+def summarise_part(
+    name: str, entries: list[Entry], examination: Examination, place: Callable[[int], str]
+) -> Part:
     """Figures of one examination; `place` gives the `where` of a row by its number."""
     counts = examination.counts
     numbers = examination.usable()
@@ -117,7 +124,9 @@ def histogram(values: np.ndarray) -> Histogram:
     return Histogram(edges.tolist(), counts.tolist())
 
 
-def find_duplicates(train: Examination, held_out: Examination, place: Any) -> Duplicates:
+def find_duplicates(
+    train: Examination, held_out: Examination, place: Callable[[int], str]
+) -> Duplicates:
     """Held-out rows against training rows, by the pixels of their pictures and by their
     questions; `place` gives the `where` of a held-out row.
 
@@ -163,7 +172,9 @@ def _pairs_with_rows(counts: np.ndarray, image_keys: np.ndarray) -> tuple[np.nda
     )
 
 
-def _extremes(usable: np.ndarray, numbers: np.ndarray, by: str, place: Any) -> list[Extreme]:
+def _extremes(
+    usable: np.ndarray, numbers: np.ndarray, by: str, place: Callable[[int], str]
+) -> list[Extreme]:
     order = np.argsort(usable[by], kind="stable")[::-1][:NUM_EXTREMES]
     return [
         Extreme(
@@ -179,3 +190,50 @@ def _extremes(usable: np.ndarray, numbers: np.ndarray, by: str, place: Any) -> l
 
 def _total(values: np.ndarray) -> int:
     return int(values.sum(dtype=np.int64))
+
+
+# What differs between rows with the same fault: quoted names, and numbers.
+_SLOT = re.compile(r"""((?<!\w)(['"])(?:\\.|(?!\2).)*\2(?!\w)|\d[\d,]*(?:\.\d+)?)""", re.DOTALL)
+
+
+@dataclass
+class Fault:
+    """Problems whose reasons are alike but for quoted names and numbers; `where` is the first."""
+
+    kind: str
+    where: str
+    pieces: tuple[str, ...]  # the text around the slots
+    slots: list[str | None]  # what all reasons have there, or None where it differs
+    count: int = field(default=1)
+
+    @property
+    def reason(self) -> str:
+        """What all of them have in common, with an ellipsis where they differ."""
+        slots = ["…" if slot is None else slot for slot in self.slots]
+        return "".join(itertools.chain(*itertools.zip_longest(self.pieces, slots, fillvalue="")))
+
+
+def read_problems(problems: Iterator[Finding]) -> tuple[list[Finding], list[Fault], int]:
+    """The first problems, the faults among the first `PROBLEMS_COUNTED`, commonest first, and how
+    many those are.
+    """
+    first: list[Finding] = []
+    faults: dict[tuple[str, tuple[str, ...]], Fault] = {}
+    num_counted = 0
+    for problem in itertools.islice(problems, PROBLEMS_COUNTED):
+        num_counted += 1
+        if num_counted <= PROBLEMS_LISTED:
+            first.append(problem)
+        # the pattern has two groups, so that text, slot and quotation mark follow each other
+        parts = _SLOT.split(problem.reason[:REASON_SHOWN])
+        pieces, slots = tuple(parts[::3]), parts[1::3]
+        fault = faults.get((problem.kind, pieces))
+        if fault is None:
+            faults[problem.kind, pieces] = Fault(problem.kind, problem.where, pieces, [*slots])
+            continue
+        fault.count += 1
+        fault.slots = [
+            known if known == slot else None for known, slot in zip(fault.slots, slots, strict=True)
+        ]
+    # sorted is stable: of equally common faults, the one met first stays first
+    return first, sorted(faults.values(), key=lambda fault: -fault.count), num_counted

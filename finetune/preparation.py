@@ -63,44 +63,52 @@ def prepare_rows(
     Raises `DataError` that names the bad and overlong rows the recipe does not let pass.
     """
     data = recipe.data
-    train = _prepare(data.train, data, encoder, cache, console, "train")
-    if data.eval:
-        return train, _prepare(data.eval, data, encoder, cache, console, "eval")
-    if not data.eval_fraction:
-        return train, None
-    train, held_out = _carve(train, data)
-    console.print(
-        f"held out {len(held_out.rows):,} of {len(held_out.rows) + len(train.rows):,} rows "
-        f"(data.eval_fraction: {data.eval_fraction:g}, seed {data.eval_seed})"
-    )
-    return train, held_out
+    train_sources, eval_sources = open_sources([data.train, data.eval], data, cache, console)
+    train = _prepare(train_sources, data, encoder, cache, console, "train")
+    if eval_sources:
+        return train, _prepare(eval_sources, data, encoder, cache, console, "eval")
+    return carve(train, data, console) if data.eval_fraction else (train, None)
 
 
 def prepare_held_out(
     recipe: Recipe, encoder: Encoder, cache: Path, console: Console
 ) -> PreparedRows | None:
     """The held-out rows alone, as `prepare_rows` gives them."""
-    if recipe.data.eval:
-        return _prepare(recipe.data.eval, recipe.data, encoder, cache, console, "eval")
-    return prepare_rows(recipe, encoder, cache, console)[1] if recipe.data.eval_fraction else None
+    data = recipe.data
+    if data.eval:
+        (sources,) = open_sources([data.eval], data, cache, console)
+        return _prepare(sources, data, encoder, cache, console, "eval")
+    return prepare_rows(recipe, encoder, cache, console)[1] if data.eval_fraction else None
 
 
 def open_sources(
-    entries: Sequence[DataSource], data: DataSection, cache: Path, console: Console
-) -> list[Source]:
-    """The entries of a recipe, opened, telling which format each was recognised as."""
-    sources = []
-    for entry in entries:
-        source = open_source(entry, data, cache)
-        if entry.format == "auto" and not entry.columns:
-            also = f" ({', '.join(source.reader.same_as)} reads it the same)"
-            console.print(
-                f"{source.container.shown}: {len(source):,} rows, format "
-                f"{source.reader.format_name}{also if source.reader.same_as else ''}",
-                soft_wrap=True,
-            )
-        sources.append(source)
-    return sources
+    parts: Sequence[Sequence[DataSource]], data: DataSection, cache: Path, console: Console
+) -> list[list[Source]]:
+    """The entries of each part of a recipe, opened, telling which format each was recognised as.
+
+    Raises one `DataError` that names every entry which cannot be read.
+    """
+    opened: list[list[Source]] = [[] for _ in parts]
+    errors = []
+    for sources, entries in zip(opened, parts, strict=True):
+        for entry in entries:
+            try:
+                source = open_source(entry, data, cache)
+            except DataError as error:
+                errors.append(str(error))
+                continue
+            if entry.format == "auto" and not entry.columns:
+                same = " and ".join(source.reader.same_as)
+                also = f" ({same} would read it the same)" if same else ""
+                console.print(
+                    f"{source.container.shown}: {counted(len(source), 'row')}, format "
+                    f"{source.reader.format_name}{also}",
+                    soft_wrap=True,
+                )
+            sources.append(source)
+    if errors:
+        raise DataError("\n".join(errors))
+    return opened
 
 
 def open_streams(recipe: Recipe, cache: Path, console: Console) -> list[StreamSource]:
@@ -132,14 +140,13 @@ def progress(console: Console, what: str) -> Iterator[Callable[[int, int], None]
 
 
 def _prepare(
-    entries: Sequence[DataSource],
+    sources: Sequence[Source],
     data: DataSection,
     encoder: Encoder,
     cache: Path,
     console: Console,
     what: str,
 ) -> PreparedRows:
-    sources = open_sources(entries, data, cache, console)
     with progress(console, f"checking {what} rows") as on_progress:
         examination, was_kept = examine_once(sources, encoder, cache, on_progress=on_progress)
     if was_kept:
@@ -196,21 +203,37 @@ def write_lists(folder: Path, examinations: Sequence[Examination]) -> None:
     for path, kinds in ((run.skipped, LEFT_OUT), (run.changed, CHANGED)):
         findings = [each.findings(*kinds) for each in examinations]
         lines = itertools.chain.from_iterable(findings)
-        write_jsonl(path, ({"where": f.where, "reason": f.reason} for f in lines))
+        write_jsonl(path, (f.to_json() for f in lines))
     if not run.changed.stat().st_size:
         run.changed.unlink()
 
 
-def _carve(train: PreparedRows, data: DataSection) -> tuple[PreparedRows, PreparedRows]:
-    """Training rows parted in those still trained and those held out."""
+def carve(
+    train: PreparedRows, data: DataSection, console: Console
+) -> tuple[PreparedRows, PreparedRows]:
+    """Training rows parted in those still trained and those held out by `data.eval_fraction`.
+
+    Raises `DataError` where their pictures hang together so that nothing would be left.
+    """
     counts, examination = train.counts, train.examination
     without = np.flatnonzero(counts["num_images"] == 0)
     with_images = np.repeat(np.arange(len(counts)), counts["num_images"])
     rows_of_keys = np.concatenate([with_images, without])
     keys = np.concatenate([examination.image_keys, counts["row_key"][without]])
     held = hold_out(len(counts), rows_of_keys, keys, data.eval_fraction, data.eval_seed)
+    share = held.sum() / len(held)
+    console.print(
+        f"held out {held.sum():,} of {counted(len(held), 'row')} ({share:.1%}; data.eval_fraction: "
+        f"{data.eval_fraction:g}, seed {data.eval_seed}; rows that share a picture stay together)",
+        soft_wrap=True,
+    )
     numbers, sources = train.rows.numbers, train.rows.sources
     return (
         PreparedRows(Rows(sources, numbers[~held]), counts[~held], examination),
         PreparedRows(Rows(sources, numbers[held]), counts[held], examination),
     )
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 row`, `1,200 rows`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -99,7 +99,7 @@ def _read(
         streams = open_streams(recipe, cache, console)
         each = [list(_first(stream.iterate(), num_rows)) for stream in streams]
         return [row for rows in each for row in rows][:num_rows], None
-    sources = open_sources(entries, recipe.data, cache, console)
+    (sources,) = open_sources([entries], recipe.data, cache, console)
     places = [(source, i) for source in sources for i in range(len(source))] if chosen else []
     total = sum(len(source) for source in sources)
     if chosen:

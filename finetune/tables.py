@@ -12,7 +12,7 @@ from rich.text import Text
 
 from finetune.checking import Duplicates, Part
 from finetune.data.sampling import EpochSampler
-from finetune.preparation import PreparedRows
+from finetune.preparation import PreparedRows, counted
 from finetune.recipe import Recipe
 from finetune.rundir import RunDir, read_json, read_jsonl
 
@@ -100,8 +100,8 @@ def dry_run_table(recipe: Recipe, train: PreparedRows, num_held_out: int) -> Tab
     return table
 
 
-def check_tables(parts: Sequence[Part], duplicates: Duplicates | None) -> Iterator[Table]:
-    """What a check found: figures, costly rows, and rows that training and judging share."""
+def check_table(parts: Sequence[Part], duplicates: Duplicates | None) -> Table:
+    """What a check counted, and the rows that training and judging share."""
     figures = Table(title="rows", title_justify="left")
     figures.add_column("")
     for part in parts:
@@ -129,21 +129,16 @@ def check_tables(parts: Sequence[Part], duplicates: Duplicates | None) -> Iterat
             ("held out, both in training", duplicates.num_same_both),
         ):
             figures.add_row(name, *[""] * (len(parts) - 1), f"{count:,}")
-    yield figures
-    costly = Table(title="costly rows", title_justify="left")
-    costly.add_column("")
-    costly.add_column("row", overflow="fold")
-    for column in ("tokens", "pictures", "views", "megapixels"):
-        costly.add_column(column, justify="right")
+    return figures
+
+
+def costly_rows(parts: Sequence[Part]) -> Iterator[str]:
+    """A line for the longest and the heaviest row of each part."""
     for part in parts:
-        for what, rows in (("longest", part.longest[:3]), ("heaviest", part.heaviest[:3])):
-            for row in rows:
-                costly.add_row(
-                    f"{part.name}, {what}",
-                    row.where,
-                    f"{row.num_tokens:,}",
-                    f"{row.num_images:,}",
-                    f"{row.num_views:,}",
-                    f"{row.megapixels:.2f}",
-                )
-    yield costly
+        for what, rows in (("longest", part.longest), ("heaviest", part.heaviest)):
+            for row in rows[:1]:
+                cost = counted(row.num_tokens, "token")
+                if row.num_views:
+                    views = counted(row.num_views, "view")
+                    cost += f", {views}, {row.megapixels:.2f} megapixels"
+                yield f"{what} {part.name} row: {row.where}: {cost}"

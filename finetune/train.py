@@ -351,8 +351,7 @@ class FindingsLists:
                 continue
             self._listed[path].add(finding.where)
             with path.open("a", encoding="utf-8") as file:
-                line = {"where": finding.where, "reason": finding.reason}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.write(json.dumps(finding.to_json()) + "\n")
 
 
 def _bytes_on_disk(model: Any, recipe: Recipe) -> int:

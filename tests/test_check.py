@@ -80,7 +80,7 @@ def test_json_has_the_keys_of_the_contract(
     assert run(monkeypatch, "check", str(recipe), "--json") == 2
     found = json.loads(capsys.readouterr().out)
     assert (found["rows"], found["usable"]) == (16, 14)
-    assert [set(problem) for problem in found["problems"]] == [{"where", "reason"}] * 2
+    assert [set(problem) for problem in found["problems"]] == [{"where", "reason", "kind"}] * 2
     assert set(found["formats"].values()) == {"chat"}
     train_part = found["parts"]["train"]
     assert train_part["num_rows"] == 12
@@ -119,7 +119,11 @@ def test_changed_rows_are_counted_by_kind_and_listed(
     assert result.num_problems == 0
     assert result.parts[0].changes == {"oldest exchanges dropped": 1}
     (line,) = read_jsonl(tmp_path / "run-check" / "changed.jsonl")
-    assert line == {"where": f"{tmp_path}/train.jsonl:4", "reason": "1 of 2 exchanges dropped"}
+    assert line == {
+        "where": f"{tmp_path}/train.jsonl:4",
+        "reason": "1 of 2 exchanges dropped",
+        "kind": "oldest exchanges dropped",
+    }
     assert train(load_recipe(recipe, ["training.max_steps=1"]), console=QUIET, results=QUIET) == 0
     assert read_jsonl(tmp_path / "run" / "changed.jsonl") == [line]
 
@@ -202,7 +206,10 @@ def test_a_print_of_many_problems_says_how_many_more(
     for i in range(25):
         (tmp_path / f"train{i}.png").unlink()
     print_check(checked(recipe))
-    assert "... and 5 more" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "25 of 30 rows cannot be used as they are; training stops at them:" in printed
+    assert "train.jsonl:1: image … not found" in printed
+    assert "(and 24 like it)" in printed
 
 
 def test_held_out_rows_are_carved_out_and_kept_apart_from_training(

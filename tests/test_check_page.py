@@ -14,14 +14,20 @@ import numpy as np
 import pytest
 
 from finetune.check_page import (
-    PROBLEMS_COUNTED,
-    PROBLEMS_SHOWN,
     advice,
-    read_problems,
     with_code,
     write_check_page,
 )
-from finetune.checking import Duplicates, Entry, Part, find_duplicates, summarise_part
+from finetune.checking import (
+    PROBLEMS_COUNTED,
+    PROBLEMS_LISTED,
+    Duplicates,
+    Entry,
+    Part,
+    find_duplicates,
+    read_problems,
+    summarise_part,
+)
 from finetune.data.examination import BAD, COUNTS, OVERLONG, Examination, Finding
 from finetune.recipe import DataSection, DataSource, ModelSection, Recipe
 from tests.test_report import CHROMIUM, run_chromium, words_of
@@ -364,7 +370,7 @@ def test_a_million_problems_are_not_read_to_their_end(tmp_path: Path):
     page = page_of(result, tmp_path)
     assert time.perf_counter() - start < 10
     assert num_read == PROBLEMS_COUNTED
-    assert page.count("<code>data/train.jsonl:") == PROBLEMS_SHOWN + 1 + 20  # fault, costly rows
+    assert page.count("<code>data/train.jsonl:") == PROBLEMS_LISTED + 1 + 20  # fault, costly rows
     words = words_of(page)
     assert "One fault, 1,000,000 times. Counted over the first 100,000" in words
     assert "The first 500 rows of 1,000,000; all are in skipped.jsonl" in words

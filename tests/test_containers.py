@@ -736,7 +736,7 @@ def write_files(folder: Path, *names: str) -> Path:
     [
         (["README.md", "src/x.py"], "holds README.md, src/; expected .jsonl"),
         ([".hidden.jsonl"], "holds nothing; expected"),
-        (["train.jsonl", "test.jsonl"], r"several splits .*; point at one.*, such as .*/test\*"),
+        (["train.jsonl", "test.jsonl"], r"several splits .*; point at one.*, such as .*/train\*"),
         (["train-0.csv", "val-0.csv"], r"several splits .*, such as .*/train\*"),
         (["a.jsonl", "b.tar"], r"files of several kinds .a.jsonl, b.tar.; point at .*\*.jsonl"),
         (["train/a/1.png", "test/a/1.png"], "several splits .test, train."),

@@ -522,7 +522,10 @@ def test_rows_that_are_no_objects_have_no_format(rows: list[Any]) -> None:
             "columns: {image: image, answer: label}, question: the text to ask with",
         ),
         ({"answer": "x", "id": 1}, "set format to the one that made the rows"),
-        ({"converstations": [], "image": "a.png"}, "set format to the one that made the rows"),
+        (
+            {"converstations": [], "image": "a.png"},
+            "is 'converstations' meant to be 'conversations'",
+        ),
     ],
 )
 def test_an_unknown_table_is_answered_with_the_mapping_to_write(
@@ -562,6 +565,13 @@ def test_a_question_of_the_recipe_is_asked_in_place_of_the_usual_one() -> None:
     assert converter("coco-captions", question="Say.")(row).messages[0].text == "Say."
 
 
+@pytest.mark.parametrize("empty", [None, "", []])
+def test_an_empty_picture_cell_is_no_row_without_a_picture(empty: Any) -> None:
+    row = {"scan": empty, "asked": "Sum?", "given": "3"}
+    with pytest.raises(FormatError, match="'scan' holds no picture; give one"):
+        converter("columns", columns=COLUMNS)(row)
+
+
 @pytest.mark.parametrize(
     ("row", "columns", "question", "meaning"),
     [
@@ -579,7 +589,7 @@ def test_a_question_of_the_recipe_is_asked_in_place_of_the_usual_one() -> None:
         ),
         (
             {"scan": None, "told": "Be short.", "given": 0.1},
-            {"image": "scan", "answer": "given", "system": "told"},
+            {"answer": "given", "system": "told"},
             "Sum?",
             said(("system", "Be short."), ("user", "Sum?"), ("assistant", "0.1")),
         ),

@@ -44,7 +44,10 @@ def user(*parts: Any) -> dict[str, Any]:
         ({"messages": [USER, ANSWER | {"train": "no"}]}, r"messages\[1\]\.train must be true or"),
         ({"messages": [{"role": "user", "content": 3}]}, "content must be a string or a list"),
         ({"messages": [user(3)]}, r"content\[0\] must be a text or image"),
-        ({"messages": [user({"type": "video"})]}, "expected 'text' or 'image'; write one of them$"),
+        (
+            {"messages": [user({"type": "video"})]},
+            "expected 'text' or 'image'; write one, or leave",
+        ),
         ({"messages": [user({"type": "image_url"})]}, "set format: openai for such parts"),
         ({"messages": [user({"type": "text"})]}, "text must be a string"),
         ({"messages": [user(HOLE)]}, r"content\[0\]\.image must be a path.*found nothing"),
@@ -114,3 +117,13 @@ def test_the_last_answer_counts_as_right_unless_it_says_what_does() -> None:
     asked = Message("user", (Image("a.png"),))
     assert Conversation((asked, voted, asked, answer)).references() == ("This.",)
     assert Conversation((asked, answer, asked, voted)).references() == ("This.", "That.", "This.")
+
+
+@pytest.mark.parametrize("key", ["image", "path", "url", "base64"])
+def test_a_picture_is_named_as_in_the_templates_of_transformers(key: str) -> None:
+    parts = [{"type": "image", key: "a.png"}, {"type": "text", "text": "What?"}]
+    row = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "x"}]}
+    assert [image.source for image in parse_chat(row).images()] == ["a.png"]
+    parts[0]["image" if key != "image" else "path"] = "b.png"
+    with pytest.raises(FormatError, match="in several ways; keep one of"):
+        parse_chat(row)

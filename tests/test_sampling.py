@@ -87,5 +87,7 @@ def test_rows_added_later_leave_the_others_where_they_were() -> None:
 
 
 def test_one_group_cannot_be_parted() -> None:
-    with pytest.raises(DataError, match=r"data\.eval_fraction: 3 rows in 1 groups"):
+    with pytest.raises(
+        DataError, match=r"groups of up to 3 leave nothing .*; name data.eval instead"
+    ):
         hold_out(*keyed([[5], [5], [5]]), 0.5, seed=0)

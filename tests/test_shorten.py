@@ -150,9 +150,12 @@ def test_what_is_learnt_never_loses_its_end(make_encoder: Any, row: Row) -> None
 @pytest.mark.parametrize(
     ("overlong", "words"),
     [
-        ("stop", "raise data.max_tokens, set images.split: never, or set data.overlong: skip"),
-        ("skip", "raise data.max_tokens"),
-        ("drop_turns", "even its last exchange alone; raise data.max_tokens"),
+        ("stop", "raise data.max_tokens, or set data.overlong: skip, drop_turns or fewer_views"),
+        ("skip", "raise data.max_tokens, or set data.overlong: drop_turns or fewer_views"),
+        (
+            "drop_turns",
+            "even its last exchange alone; raise data.max_tokens, or set data.overlong: skip",
+        ),
         ("fewer_views", "even with every picture in one view; raise data.max_tokens"),
     ],
 )

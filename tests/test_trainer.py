@@ -1,5 +1,6 @@
 """The trainer itself, against the stock forward."""
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from finetune.recipe import load_recipe
 from finetune.rundir import RunDir
 from finetune.train import prepare
 from finetune.trainer import VisionSFTTrainer, training_arguments
-from tests.conftest import NANO
+from tests.conftest import NANO, chat_row, write_rows
 
 
 @pytest.fixture
@@ -38,6 +39,36 @@ def trainer(dataset: Callable[..., Path], tmp_path: Path) -> Callable[..., Visio
         )
 
     return make
+
+
+def test_rows_are_drawn_by_the_weights_of_their_sources(
+    dataset: Callable[..., Path], tmp_path: Path
+) -> None:
+    write_rows(tmp_path / "more.jsonl", [chat_row(f"q{i}", "a") for i in range(6)])
+    recipe = load_recipe(
+        dataset(
+            data={
+                "train": [
+                    {"path": str(tmp_path / "train.jsonl"), "weight": 0.5},
+                    {"path": str(tmp_path / "more.jsonl"), "weight": 3},
+                ]
+            }
+        )
+    )
+    prepared = prepare(recipe, Console(quiet=True))
+    assert prepared.train
+    model, family = load_model(recipe.model)
+    trainer = VisionSFTTrainer(
+        add_adapter(model, family, recipe.adapter, "nano"),
+        training_arguments(recipe, RunDir(tmp_path / "run"), num_eval_rows=0),
+        Collator(prepared.encoder, prepared.train.rows),
+        EpochSampler(prepared.train.spans(), recipe.training.seed),
+        num_train_rows=len(prepared.train.rows),
+    )
+    trainer.data_collator = lambda features: [feature["row"] for feature in features]  # type: ignore[assignment]
+    drawn = Counter(row for batch in trainer.get_train_dataloader() for row in batch)
+    assert sum(drawn[row] for row in range(12)) == 6
+    assert [drawn[row] for row in range(12, 18)] == [3] * 6
 
 
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(12, 1), (4, 3), (5, 3)])

@@ -106,7 +106,9 @@ def _fetch(url: str, max_bytes: int, timeout_seconds: float) -> bytes:
                 f"took longer than {timeout_seconds:g} s; try again, raise "
                 "data.url_timeout_seconds, or save it as a file"
             ) from error
-        raise DataError(f"cannot be downloaded ({_words(error)}); try again") from error
+        raise DataError(
+            f"cannot be downloaded ({_words(error)}); try again, or mend the URL"
+        ) from error
 
 
 def _words(error: Exception) -> str:

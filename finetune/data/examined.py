@@ -6,6 +6,7 @@ when it is read in training.
 """
 
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from hashlib import sha256
@@ -19,6 +20,8 @@ from finetune.data.examination import Examination, examine
 from finetune.data.examples import Encoder
 from finetune.data.sources import Source
 from finetune.rundir import replacing
+
+NUM_KEPT = 16  # of a million rows each, one takes 50 MB
 
 
 def examine_once(
@@ -53,9 +56,17 @@ def examine_once(
         return examine(
             sources, encoder, findings_file=aside / "findings.jsonl", on_progress=on_progress
         ), False
+    _prune(cache)
     loaded = _load(folder, sources)
     assert loaded
     return loaded, False
+
+
+def _prune(cache: Path) -> None:
+    """Take away all but the newest: every change of a setting leaves one behind."""
+    kept = sorted(cache.glob("rows-*"), key=lambda folder: folder.stat().st_mtime, reverse=True)
+    for folder in kept[NUM_KEPT:]:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _load(folder: Path, sources: Sequence[Source]) -> Examination | None:

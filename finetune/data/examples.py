@@ -193,7 +193,7 @@ class Encoder:
                 numbers = shorter.image_numbers
                 kind, change = shorter.kind, shorter.change
                 return Fitted(shorter.conversation, numbers, left, ids, kind, change)
-        raise OverlongError(self._too_long(len(rendered.input_ids), plans))
+        raise OverlongError(self._too_long(len(rendered.input_ids), conversation, plans))
 
     def _ways_to_shorten(
         self,
@@ -206,20 +206,26 @@ class Encoder:
         if self.overlong == "fewer_views":
             yield from with_fewer_views(conversation, sizes_px, [len(plan) for plan in plans])
 
-    def _too_long(self, num_tokens: int, plans: Sequence[Sequence[View]]) -> str:
+    def _too_long(
+        self, num_tokens: int, conversation: Conversation, plans: Sequence[Sequence[View]]
+    ) -> str:
         num_views = sum(len(plan) for plan in plans)
-        found = f"is too long ({num_tokens:,} > {self.max_tokens:,} tokens, {num_views:,} views)"
-        todo = {
-            "drop_turns": "even its last exchange alone; raise data.max_tokens, or set "
-            "images.split: never",
-            "fewer_views": "even with every picture in one view; raise data.max_tokens",
+        views = f"{num_views:,} view{'' if num_views == 1 else 's'}"
+        found = f"is too long ({num_tokens:,} > {self.max_tokens:,} tokens, {views})"
+        tried = {
+            "drop_turns": ", even its last exchange alone",
+            "fewer_views": ", even with every picture in one view",
         }
-        default = (
-            "raise data.max_tokens, set images.split: never, or set data.overlong: skip, "
-            "drop_turns or fewer_views"
-        )
-        joint = ", " if self.overlong in todo else "; "
-        return found + joint + todo.get(self.overlong, default)
+        ways = {
+            "drop_turns": next(without_oldest_exchanges(conversation), None) is not None,
+            "fewer_views": num_views > len(plans),
+        }
+        others = [way for way, helps in ways.items() if helps and way != self.overlong]
+        if self.overlong != "skip":
+            others.insert(0, "skip")
+        listed = " or ".join(filter(None, [", ".join(others[:-1]), *others[-1:]]))
+        other = f", or set data.overlong: {listed}" if others else ""
+        return f"{found}{tried.get(self.overlong, '')}; raise data.max_tokens{other}"
 
     def _cut(
         self, images: Sequence[Image.Image], plans: Sequence[Sequence[View]]

@@ -290,12 +290,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow mode as RGB: transparency over white as the library does it, 16-bit greys scaled
     rather than clipped.
 
-    Raises `ValueError` for floating-point images, whose range nothing tells.
+    Raises `DataError` for floating-point images, whose range nothing tells.
     """
     if image.mode == "RGB" and image.info.get("transparency") is None:
         return image
     if image.mode == "F":
-        raise ValueError("holds floating-point pixels, whose white nothing tells; save it as 8-bit")
+        raise DataError("holds floating-point pixels, whose white nothing tells; save it as 8-bit")
     if image.mode.startswith(
         "I"
     ):  # I;16, I;16B, I;16L and the 32-bit I that 16-bit files once opened as
@@ -382,6 +382,8 @@ def _where_else(source: str, root: Path) -> str:
         return "~ is not expanded, write the whole path"
     if not root.is_dir():
         return "that folder is not there; set image_root"
+    if (root / source).is_symlink():
+        return "it is a link to what is not there; mend the link"
     forward = source.replace("\\", "/")
     if forward != source and (root / forward).is_file():
         return "write / for \\ in the path"

@@ -73,9 +73,10 @@ def hold_out(
     before = np.cumsum(sizes[order]) - sizes[order]
     taken = order[before < max(round(num_rows * fraction), 1)]
     if len(taken) == len(sizes):
+        todo = "lower it, or name data.eval" if len(sizes) > 1 else "name data.eval instead"
         raise DataError(
-            f"data.eval_fraction: {num_rows:,} rows in {len(sizes):,} groups that share pictures "
-            f"leave nothing to train on at {fraction:g}; lower it, or name data.eval"
+            f"data.eval_fraction: rows that share pictures stay together, and {num_rows:,} rows in "
+            f"groups of up to {sizes.max():,} leave nothing to train on at {fraction:g}; {todo}"
         )
     return np.isin(group_of, taken)
 

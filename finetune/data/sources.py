@@ -245,11 +245,16 @@ def _reader(
 
 
 def _format_of(settings: DataSource, first_rows: list[Any]) -> tuple[str, tuple[str, ...]]:
-    if settings.columns:
+    if settings.columns and settings.format == "auto":
         return "columns", ()
     if settings.format != "auto":
         return settings.format, ()
-    recognised = recognise([row for row in first_rows if not isinstance(row, DataError)])
+    readable = [row for row in first_rows if not isinstance(row, DataError)]
+    if not readable:
+        raise FormatError(f"no row can be read; the first {first_rows[0]}")
+    if all(isinstance(row, list) for row in readable):
+        raise FormatError("each row is a list; name the file .json, or write one object a line")
+    recognised = recognise(readable)
     return recognised.name, recognised.same_as
 
 

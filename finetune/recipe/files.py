@@ -1,16 +1,14 @@
 """Where recipes are found, and where the files they name stand."""
 
-import glob
 import os
 import re
 from pathlib import Path
 from typing import Any
 
 from finetune.errors import RecipeError
+from finetune.patterns import globbed, is_pattern, written_out
 from finetune.recipe.messages import Problem, did_you_mean
 
-BRACE_RANGE = re.compile(r"\{(\d{1,9})\.\.(\d{1,9})\}")
-MAX_FILES = 100_000
 HUB_ID = re.compile(r"[\w-][\w.-]{0,95}(/[\w-][\w.-]{0,95})?", re.ASCII)
 
 
@@ -76,14 +74,19 @@ def resolve_paths(raw: Any, recipe_folder: Path) -> list[Problem]:
     for part in ("train", "eval"):
         entries = data.get(part) if isinstance(data, dict) else None
         for number, entry in enumerate(entries if isinstance(entries, list) else []):
+            hub = entry.get("hub") if isinstance(entry, dict) else None
+            if isinstance(hub, str) and is_there(expand_home(hub)):
+                text = f"{hub!r} is a file or folder here; write path: for it, instead of hub:"
+                problems.append(Problem(("data", part, number, "hub"), text))
             for key in ("path", "image_root"):
                 if isinstance(entry, dict) and isinstance(entry.get(key), str) and entry[key]:
-                    entry[key], wrong = _resolve(entry[key], recipe_folder)
+                    kind = "folder" if key == "image_root" else "file"
+                    entry[key], wrong = _resolve(entry[key], recipe_folder, kind)
                     problems += [Problem(("data", part, number, key), text) for text in wrong]
     return problems
 
 
-def _resolve(written: str, recipe_folder: Path) -> tuple[str, list[str]]:
+def _resolve(written: str, recipe_folder: Path, kind: str = "file") -> tuple[str, list[str]]:
     """A relative path starts in the current folder or the recipe's, if that is not two files."""
     path = expand_home(written)
     own = Path(os.path.normpath(recipe_folder.resolve() / path))
@@ -103,9 +106,9 @@ def _resolve(written: str, recipe_folder: Path) -> tuple[str, list[str]]:
         ]
     near = next((hint for place in places if (hint := _near_file(place))), "")
     if path.is_absolute():
-        return written, [f"{written!r}: no such file{near}"]
+        return written, [f"{written!r}: no such {kind}{near}"]
     looked_in = " and ".join(str(place.parent) for place in places)
-    return written, [f"{written!r}: no such file; looked in {looked_in}{near}"]
+    return written, [f"{written!r}: no such {kind}; looked in {looked_in}{near}"]
 
 
 def _resolve_model(name: str) -> tuple[str, list[str]]:
@@ -141,34 +144,10 @@ def is_there(path: Path) -> bool:
 
 
 def _any_match(pattern: Path) -> bool:
-    return is_pattern(str(pattern)) and any(is_there(Path(each)) for each in matches(str(pattern)))
-
-
-def matches(pattern: str) -> list[str]:
-    """Files of a pattern such as shards/*.tar or shards/{000..010}.tar, sorted; every file that
-    a brace range names, there or not.
-    """
-    found: list[str] = []
-    for each in _brace_range(pattern):
-        found += sorted(glob.glob(each)) if glob.has_magic(each) else [each]  # noqa: PTH207
-    return found
-
-
-def is_pattern(path: str) -> bool:
-    """Whether a path names several files; one that stands there under its very name does not."""
-    return (glob.has_magic(path) or len(_brace_range(path)) > 1) and not is_there(Path(path))
-
-
-def _brace_range(pattern: str) -> list[str]:
-    """`a{08..10}b` written out, zeros kept, as the webdataset library does it."""
-    found = BRACE_RANGE.search(pattern)
-    if not found:
-        return [pattern]
-    first, last = found.groups()
-    width = len(first) if first.startswith("0") else 1
-    before, after = pattern[: found.start()], pattern[found.end() :]
-    numbers = range(int(first), min(int(last), int(first) + MAX_FILES) + 1)
-    return [f"{before}{n:0{width}}{rest}" for n in numbers for rest in _brace_range(after)]
+    """Whether the path is a pattern that finds something."""
+    if not is_pattern(pattern):
+        return False
+    return any(is_there(Path(f)) for text in written_out(str(pattern)) for f in globbed(text))
 
 
 def _near_file(path: Path) -> str:

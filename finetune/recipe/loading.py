@@ -1,7 +1,9 @@
 """Reading and writing recipes, as a whole, everything wrong with one said at once."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -129,13 +131,21 @@ def load_recipe(
     return recipe
 
 
-def make_source(settings: dict[str, Any]) -> DataSource:
-    """A data entry from settings given on the command line. Raises `RecipeError`."""
+def make_source(
+    settings: dict[str, Any], names: Mapping[str, str] = MappingProxyType({})
+) -> DataSource:
+    """A data entry from settings given on the command line, where they are called by `names`.
+    Raises `RecipeError`.
+    """
     try:
         return DataSource.model_validate(settings)
     except ValidationError as error:
-        problems = [str(problem) for problem in problems_of(error, DataSource)]
-        raise RecipeError(summarise_problems("data entry", problems)) from error
+        problems = problems_of(error, DataSource)
+        renamed = [
+            replace(p, loc=(names.get(str(p.loc[0]), p.loc[0]), *p.loc[1:]) if p.loc else ())
+            for p in problems
+        ]
+        raise RecipeError("\n".join(map(str, renamed))) from error
 
 
 def _validate(raw: dict[str, Any]) -> tuple[Recipe | None, list[Problem]]:

@@ -75,7 +75,7 @@ class _Lines:
 def _first_line(text: io.TextIOWrapper, shown: str) -> str:
     line = text.readline(json_text.MAX_ROW_BYTES)
     if line and not line.strip():
-        raise DataError(f"{shown}:1: is blank; the first line must name the columns")
+        raise DataError(f"{shown}:1: is blank; write the names of the columns there")
     return line
 
 

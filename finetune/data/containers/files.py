@@ -62,8 +62,8 @@ def near_name(path: Path) -> str:
         near = difflib.get_close_matches(path.name, names, n=1)
         if near:
             return f"did you mean {shown_path(path.parent / near[0])!r}?"
-        return f"{shown_path(path.parent)!r} does not hold it"
-    return f"there is no folder {shown_path(path.parent)!r}"
+        return f"{shown_path(path.parent)!r} does not hold it; mend the path"
+    return f"there is no folder {shown_path(path.parent)!r}; mend the path"
 
 
 class RecentlyOpened(Generic[Opened]):

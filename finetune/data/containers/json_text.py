@@ -133,8 +133,17 @@ def _reason(text: str, error: json.JSONDecodeError) -> str:
             f"holds Python's {python[0]} {place}, not JSON's null, true or false; write it with "
             "json.dumps"
         )
-    nul = "; the text holds NUL bytes, so the file may be damaged" if "\0" in rest[:1] else ""
-    return f"is not JSON: {error.msg} {place}{nul}; write one object a line"
+    if rest.startswith("\0"):
+        return (
+            f"is not JSON: {place} it holds NUL bytes, so the file may be damaged; write or copy "
+            "it again"
+        )
+    todo = (
+        "mend it there, or write the row with json.dumps"
+        if error.pos
+        else "write one object a line"
+    )
+    return f"is not JSON: {error.msg} {place}; {todo}"
 
 
 def _extra_data(text: str, position: int, place: str) -> str:
@@ -148,4 +157,4 @@ def _extra_data(text: str, position: int, place: str) -> str:
         return f"holds two values with a comma between {place}; write one object a line"
     if rest.startswith(("{", "[")):
         return f"holds two objects in one line (the second {place}); write one object a line"
-    return f"goes on after its end ({place}); write one object a line"
+    return f"goes on after its end ({place}); write one object a line, and nothing else"

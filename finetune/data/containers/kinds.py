@@ -1,6 +1,5 @@
 """What a path is, by its name and its first bytes; and which files a pattern stands for."""
 
-import glob
 import os
 import re
 from pathlib import Path
@@ -10,6 +9,7 @@ from finetune.data.containers.compressed import SUFFIXES as COMPRESSED
 from finetune.data.containers.compressed import open_plain
 from finetune.data.containers.files import near_name, shown_path
 from finetune.errors import DataError
+from finetune.patterns import globbed, written_out
 
 Kind = Literal["lines", "document", "table", "parquet", "arrow", "tar"]
 
@@ -92,7 +92,7 @@ def kind_of(path: Path) -> Kind:
         raise DataError(f"{shown_path(path)}: a {suffix} file cannot be read; {_REFUSED[suffix]}")
     raise DataError(
         f"{shown_path(path)}: {f'the suffix {suffix}' if suffix else 'a name without a suffix'} "
-        f"does not tell what it holds; expected {UNDERSTOOD}"
+        f"does not tell what it holds; expected {UNDERSTOOD}; name it so"
     )
 
 
@@ -124,25 +124,16 @@ def refuse_foreign(path: Path, shown: str, kind: Kind) -> None:
         )
 
 
-def is_pattern(path: Path) -> bool:
-    """Whether the path, which does not exist as it stands, stands for several files."""
-    text = os.fspath(path)
-    return glob.has_magic(text) or len(_braces(text)) > 1
-
-
 def expand_pattern(path: Path) -> list[Path]:
     """The files of a glob or of a brace range, sorted as written. Raises `DataError` where there
     are none, or where one of a range is missing.
     """
     found: list[Path] = []
-    for text in _braces(os.fspath(path)):
-        if glob.has_magic(text):
-            # Path.glob takes no absolute pattern
-            found += map(Path, sorted(glob.glob(text, recursive=True)))  # noqa: PTH207
-        elif Path(text).exists():
-            found.append(Path(text))
-        else:
+    for text in written_out(os.fspath(path)):
+        files_of_it = [Path(file) for file in globbed(text)]
+        if files_of_it == [Path(text)] and not Path(text).exists():
             raise DataError(f"{text}: is not there; {near_name(Path(text))}")
+        found += files_of_it
     files = [file for file in dict.fromkeys(found) if not file.is_dir()]
     if not files:
         raise DataError(
@@ -150,21 +141,6 @@ def expand_pattern(path: Path) -> list[Path]:
             "folder it starts from"
         )
     return files
-
-
-def _braces(text: str) -> list[str]:
-    """`a-{00..02}` and `{a,b}` written out, from left to right."""
-    match = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", text)
-    if match is None:
-        return [text]
-    if match[3] is not None:
-        middles = match[3].split(",")
-    else:
-        first, last = int(match[1]), int(match[2])
-        width = len(match[1]) if match[1].startswith("0") else 0
-        middles = [f"{i:0{width}}" for i in range(first, last + 1)]
-    ends = _braces(text[match.end() :])
-    return [text[: match.start()] + middle + end for middle in middles for end in ends]
 
 
 def refuse_several_splits(paths: list[Path], shown: str) -> None:
@@ -179,7 +155,7 @@ def refuse_several_splits(paths: list[Path], shown: str) -> None:
             splits.setdefault(split, path)
     if len(splits) > 1:
         names = ", ".join(path.name for path in splits.values())
-        first = next(iter(splits.values()))
+        first = splits.get("train") or next(iter(splits.values()))
         written = first.name if first.is_dir() else f"{re.split('[-_.0-9]', first.name)[0]}*"
         raise DataError(
             f"{shown}: holds several splits ({names}); point at one of them, such as "

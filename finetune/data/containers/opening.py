@@ -1,6 +1,5 @@
 """A path -> the container that reads it."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from finetune.data.containers.kinds import (
     UNDERSTOOD,
     expand_pattern,
     find_kind,
-    is_pattern,
     kind_of,
     refuse_foreign,
     refuse_several_splits,
@@ -26,6 +24,7 @@ from finetune.data.containers.kinds import (
 )
 from finetune.data.containers.tar_shards import open_tar
 from finetune.errors import DataError
+from finetune.patterns import is_pattern
 
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
@@ -38,7 +37,7 @@ def open_container(path: Path, cache: Path) -> Container:
     """
     if path.is_dir():
         return _open_folder(path, cache)
-    if not os.path.lexists(path) and is_pattern(path):
+    if is_pattern(path):
         return _open_files(expand_pattern(path), cache, shown_path(path))
     return _open_file(path, cache)
 
@@ -118,4 +117,4 @@ def _open_folder(folder: Path, cache: Path) -> Container:
 def _not_understood(shown: str, entries: list[Path]) -> DataError:
     names = [path.name + ("/" if path.is_dir() else "") for path in entries]
     found = ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
-    return DataError(f"{shown}: holds {found or 'nothing'}; expected {UNDERSTOOD}")
+    return DataError(f"{shown}: holds {found or 'nothing'}; expected {UNDERSTOOD}; give one")

@@ -22,7 +22,6 @@ from finetune.data.containers.kinds import (
     Kind,
     expand_pattern,
     find_kind,
-    is_pattern,
     kind_of,
     refuse_foreign,
     refuse_several_splits,
@@ -30,6 +29,7 @@ from finetune.data.containers.kinds import (
 )
 from finetune.data.containers.tar_shards import list_samples, read_sample
 from finetune.errors import DataError
+from finetune.patterns import is_pattern
 
 UNEVEN = 1.1  # whole files are dealt out where no consumer gets more than this times the mean
 
@@ -264,7 +264,7 @@ def open_stream(path: Path) -> Stream:
                 "kind; give a pattern such as folder/*.jsonl"
             )
         refuse_several_splits(paths, shown_path(path))
-    elif not os.path.lexists(path) and is_pattern(path):
+    elif is_pattern(path):
         paths = expand_pattern(path)
     else:
         paths = [path]
