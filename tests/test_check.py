@@ -310,6 +310,35 @@ def test_convert_puts_pictures_of_the_rows_into_a_folder(
     assert load_image(image.source, ImageAccess(tmp_path)).tobytes() == noise(30, 20).tobytes()
 
 
+def test_convert_puts_all_pictures_into_the_folder_where_rows_hold_both_kinds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No image_root would serve paths of the old folder and files of the new one."""
+    import io
+
+    from finetune.data.images import ImageAccess, load_image
+
+    (tmp_path / "in").mkdir()
+    noise(30, 20, seed=1).save(tmp_path / "in" / "a.png")
+    buffer = io.BytesIO()
+    noise(30, 20, seed=2).save(buffer, "PNG")
+    held = {"bytes": buffer.getvalue(), "path": None}
+    rows = [{"image": {"bytes": None, "path": "a.png"}, "q": "What?", "a": "x"}]
+    rows += [{"image": held, "q": "What?", "a": "y"}]
+    from datasets import Dataset
+
+    Dataset.from_list(rows).to_parquet(tmp_path / "in" / "rows.parquet")
+    out = tmp_path / "out" / "rows.jsonl"
+    columns = ("--columns", "image=image,question=q,answer=a")
+    arguments = ("convert", str(tmp_path / "in" / "rows.parquet"), "--out", str(out), *columns)
+    assert run(monkeypatch, *arguments) == 0
+    sources = [image.source for row in read_jsonl(out) for image in parse_chat(row).images()]
+    assert [Path(str(source)).parent.name for source in sources] == ["rows-images"] * 2
+    for seed, source in enumerate(sources, start=1):
+        loaded = load_image(source, ImageAccess(out.parent))
+        assert loaded.tobytes() == noise(30, 20, seed=seed).tobytes()
+
+
 def test_convert_writes_nothing_where_a_row_is_bad_unless_told_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

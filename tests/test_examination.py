@@ -177,3 +177,16 @@ def test_a_cache_that_cannot_be_written_stops_nothing(
     found, was_kept = examine_once([make_source(20)], short, blocked)
     assert not was_kept
     assert found.num_of(USABLE)
+
+
+def test_what_older_code_found_is_not_believed(
+    make_source: Callable[[int], Source],
+    short: Encoder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = make_source(20)
+    examine_once([source], short, tmp_path / "cache")
+    assert examine_once([source], short, tmp_path / "cache")[1]
+    monkeypatch.setattr(examined, "code_digest", lambda: "another")
+    assert not examine_once([source], short, tmp_path / "cache")[1]

@@ -1,5 +1,6 @@
 """Answers and figures, against generation one row at a time and against the untouched base."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from data_formats.chat import parse_chat
+from data_formats.chat import Conversation, parse_chat
 from finetune.data.examples import Encoder
 from finetune.data.images import ImageAccess
 from finetune.data.sources import Row
@@ -98,3 +99,22 @@ def test_figures_are_means_over_the_rows_judged(
     assert judgement.base == {"exact_match": pytest.approx(1 / 3)}
     assert judgement.adapter == {"exact_match": pytest.approx(2 / 3)}
     assert judgement.num_rows == 3
+
+
+def test_any_of_the_references_counts_as_right(
+    nano_model: Any,
+    encoder: Encoder,
+    rows: list[Row],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    *before, last = rows[0].conversation.messages
+    several = replace(last, references=("answer 0", "first answer"))
+    row = replace(rows[0], conversation=Conversation((*before, several)))
+    answers = iter([["first answer"], ["another"]])
+    monkeypatch.setattr("finetune.judging._answer", lambda *_: next(answers))
+    adapted = add_adapter(nano_model, FAMILIES["idefics2"], AdapterSection(), "nano")
+    run, settings = RunDir(tmp_path), EvaluationSection(metrics=("exact_match",))
+    judgement = judge(adapted, encoder, [row], settings, run, Console(quiet=True))
+    assert (judgement.base, judgement.adapter) == ({"exact_match": 1.0}, {"exact_match": 0.0})
+    assert read_jsonl(run.predictions)[0]["references"] == ["answer 0", "first answer"]

@@ -202,6 +202,20 @@ def test_many_rows_at_once_read_as_one_by_one(processor: Any, many: list[Convers
     assert results == [renderer.render(c, views) for c, views in rows]
 
 
+def test_a_tokenizer_left_cutting_and_padding_by_others_does_neither(nano_processor: Any) -> None:
+    renderer = Renderer(nano_processor, IDEFICS2)
+    conversation = Conversation((Message("user", (Text("q"),)), Message("assistant", (Text("a"),))))
+    expected = renderer.render(conversation, [])
+    backend = nano_processor.tokenizer.backend_tokenizer
+    backend.enable_truncation(4)
+    backend.enable_padding(length=50)
+    try:
+        assert renderer.render(conversation, []) == expected
+    finally:
+        backend.no_truncation()
+        backend.no_padding()
+
+
 def test_a_template_that_changes_earlier_turns_is_refused(nano_processor: Any) -> None:
     """Train and inference prefixes would differ: here a turn is written otherwise once answered."""
     renderer = Renderer(nano_processor, IDEFICS2)

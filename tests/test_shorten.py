@@ -122,7 +122,9 @@ def test_a_dropped_exchange_takes_its_pictures_out_of_the_example(
     assert example.input_ids == expected.input_ids
     assert all((a == b).all() for a, b in zip(example.views, expected.views, strict=True))
     prompt = encoder.encode_prompt(row)
-    assert prompt.input_ids == make_encoder(10_000, "stop").encode_prompt(alone).input_ids
+    expected = make_encoder(10_000, "stop").encode_prompt(alone)
+    assert prompt.input_ids == expected.input_ids
+    assert all((a == b).all() for a, b in zip(prompt.views, expected.views, strict=True))
 
 
 def test_what_is_learnt_never_loses_its_end(make_encoder: Any, row: Row) -> None:

@@ -139,17 +139,21 @@ def test_report_writes_the_page_again(finished: tuple[RunDir, str]) -> None:
     assert run.report.is_file()
 
 
+@pytest.mark.parametrize("whole", [2, 4])
 def test_a_resumed_run_ends_as_the_unbroken_one(
-    dataset: Callable[..., Path], tmp_path: Path
+    dataset: Callable[..., Path], tmp_path: Path, whole: int
 ) -> None:
-    """Killed after step 5 while the checkpoint of step 4 was written: steps 3 to 6 run again."""
+    """Killed after step 5, where the checkpoint of step 4 is whole, or was just being written: it
+    goes on in the middle of the second epoch of three steps, or of the first.
+    """
     training = {"max_steps": 6, "keep_checkpoints": 9, "logging_steps": 3}
     recipe = dataset(adapter={"dropout": 0.2}, training=training)
     train(str(recipe), [f"output.dir={tmp_path / 'unbroken'}"])
     train(str(recipe))
     broken, unbroken = RunDir(tmp_path / "run"), RunDir(tmp_path / "unbroken")
     shutil.rmtree(broken.checkpoints / "checkpoint-6")
-    (broken.checkpoints / "checkpoint-4" / "trainer_state.json").unlink()
+    if whole == 2:
+        (broken.checkpoints / "checkpoint-4" / "trainer_state.json").unlink()
     (broken.adapter / "adapter_model.safetensors").unlink()
     write_jsonl(broken.metrics, [m for m in read_jsonl(broken.metrics) if m["step"] <= 5])
     assert train(str(recipe), resume=True) == 0
