@@ -11,12 +11,13 @@ on that line, and from any line above it in this list; never from a line below.
     data  data.signatures  data.truncation  data.pdf  data.downloads  data.images
     families.family  families.idefics2  families
     data.render  data.shorten
-    data.containers.files  data.containers.json_text  data.containers.container
+    data.containers.files  data.containers.cleaning  data.containers.json_text
+    data.containers.container
     data.containers.cached  data.containers.compressed  data.containers.json_rows
     data.containers.delimited  data.containers.documents  data.containers.tar_shards
     data.containers.image_folders  data.containers.arrow  data.containers.hub
     data.containers.kinds  data.containers.streams  data.containers.opening  data.containers
-    data.sources  data.examples  data.examination  data.examined  data.sampling
+    data.sources  data.stamps  data.examples  data.examination  data.examined  data.sampling
     data.collate  data.streaming
     model  model.load  model.adapters  model.generate
     metrics.text  metrics

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from finetune.check_page import write_check_page
@@ -23,11 +24,12 @@ from finetune.checking import (
 from finetune.data.examination import (
     CHANGED,
     LEFT_OUT,
+    USABLE,
     Examination,
     Finding,
     examine_streams,
 )
-from finetune.data.examined import examine_once
+from finetune.data.examined import examine_once, folder_for_this_command
 from finetune.data.examples import Encoder
 from finetune.data.sources import Rows, Source, StreamSource
 from finetune.errors import RunDirError
@@ -42,7 +44,7 @@ from finetune.preparation import (
     progress,
     write_lists,
 )
-from finetune.recipe import Recipe, recipe_warnings
+from finetune.recipe import DataSection, Recipe, recipe_warnings
 from finetune.tables import check_table, costly_rows, messages_console, results_console
 
 PAGE = "check.html"
@@ -125,30 +127,26 @@ def check(
     data, streamed = recipe.data, any(entry.streaming for entry in recipe.data.train)
     streams = open_streams(recipe, cache, console) if streamed else []
     opened = open_sources([() if streamed else data.train, data.eval], data, cache, console)
-    parts, examinations, places = [], [], []
+    found: dict[str, Read] = {}
     for name, sources in zip(("train", "eval"), opened, strict=True):
         if not sources and not (name == "train" and streams):
             continue
         with progress(console, f"checking {name} rows") as on_progress:
             if sources:
-                shown, examination, place = _read_sources(sources, encoder, cache, on_progress)
+                found[name] = _read_sources(sources, encoder, cache, on_progress)
             else:
-                shown, examination, place = _read_streams(streams, encoder, on_progress)
-        parts.append(summarise_part(name, shown, examination, place))
-        examinations.append(examination)
-        places.append(place)
-    if data.eval_fraction and parts[0].num_usable:
-        usable = examinations[0].usable()
-        train = PreparedRows(
-            Rows(opened[0], usable), examinations[0].counts[usable], examinations[0]
-        )
-        carve(train, data, console)
+                found[name] = _read_streams(streams, encoder, on_progress)
+    examinations = [examination for _, examination, _ in found.values()]
+    write_lists(folder, examinations)  # before anything else can be wrong
+    if data.eval_fraction and examinations[0].num_of(USABLE):
+        found = _carved(found["train"], opened[0], data, console)
+    parts = [summarise_part(name, *read) for name, read in found.items()]
     duplicates = None
-    if len(parts) == 2:
-        duplicates = find_duplicates(examinations[0], examinations[1], places[1])
+    if "eval" in found:
+        _, held_out, place = found["eval"]
+        duplicates = find_duplicates(found["train"][1], held_out, place)
     seconds = time.perf_counter() - start
     result = CheckResult(recipe_name, recipe, parts, duplicates, examinations, seconds, folder)
-    write_lists(folder, examinations)
     write_check_page(result, folder / PAGE)
     return result
 
@@ -159,7 +157,8 @@ def _folder(path: Path) -> Path:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        others = {entry.name for entry in path.iterdir()} - OURS
+        # of names that begin with a dot are our own files while they are written
+        others = {entry.name for entry in path.iterdir() if entry.name[0] != "."} - OURS
         if others:
             raise RunDirError(
                 f"{path}: holds other things than a check ({', '.join(sorted(others)[:3])}); give "
@@ -192,18 +191,34 @@ def _read_sources(
     return shown, examination, Rows(sources, examination.usable()).where_of
 
 
+def _carved(
+    read: Read, sources: Sequence[Source], data: DataSection, console: Console
+) -> dict[str, Read]:
+    """The rows that training would have, and those that `data.eval_fraction` holds out."""
+    shown, examination, place = read
+    usable = examination.usable()
+    train = PreparedRows(Rows(sources, usable), examination.counts[usable], examination)
+    held = carve(train, data, console)[1].rows.numbers
+    rest = np.setdiff1d(np.arange(len(examination.counts)), held)
+    return {
+        "train": (shown, examination.of_rows(rest), lambda i: place(int(rest[i]))),
+        "eval": ([], examination.of_rows(held), lambda i: place(int(held[i]))),
+    }
+
+
 def _read_streams(
     streams: Sequence[StreamSource], encoder: Encoder, on_progress: Callable[[int, int], None]
 ) -> Read:
-    aside = Path(tempfile.mkdtemp(prefix="finetune-"))  # a stream may be another one next time
+    # not kept: a stream may be another one next time
+    findings_file = folder_for_this_command() / "findings.jsonl"
     examination = examine_streams(
-        streams, encoder, findings_file=aside / "findings.jsonl", on_progress=on_progress
+        streams, encoder, findings_file=findings_file, on_progress=on_progress
     )
     shown = [
         Entry(each.stream.shown, num_rows, each.reader.format_name, each.reader.same_as)
         for each, num_rows in zip(streams, examination.num_rows_of, strict=True)
     ]
-    return shown, examination, lambda number: f"row {number + 1:,} of the stream"
+    return shown, examination, lambda number: examination.places[number]
 
 
 def print_check(result: CheckResult, results: Console | None = None) -> None:

@@ -8,13 +8,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_formats.chat import Conversation, Image, Text, dump_chat
-from finetune.data.images import read_image_file
+from finetune.data.images import page_of, read_image_file
+from finetune.data.signatures import image_format, why_no_image
 from finetune.data.sources import Row, Source, open_source
 from finetune.errors import DataError, RecipeError, RunDirError, summarise_problems
 from finetune.recipe import DataSection, make_source
 from finetune.rundir import replacing
 
-SUFFIXES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"GIF8": ".gif", b"RIFF": ".webp"}
+SUFFIXES = {
+    **{
+        "JPEG": ".jpg",
+        "PNG": ".png",
+        "GIF": ".gif",
+        "WEBP": ".webp",
+        "BMP": ".bmp",
+        "TIFF": ".tif",
+    },
+    **{"PPM": ".ppm", "AVIF": ".avif", "HEIF": ".heic", "ICO": ".ico", "PDF": ".pdf"},
+}
+"""By the formats that `image_format` knows."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +69,7 @@ def convert(
         names={"path": "FILE", "format": "--from", "columns": "--columns"},
     )
     with tempfile.TemporaryDirectory(prefix="finetune-") as cache:
-        data = DataSection(train=(settings,), allow_outside_root=True)
+        data = DataSection(train=(settings,))
         try:
             source = open_source(settings, data, Path(cache))
         except DataError as error:  # told in a recipe's words
@@ -95,7 +107,8 @@ def convert(
 
 class _Writer:
     """Writes the rows of a source; pictures held in rows become files of the folder `images`,
-    and with `copy_all` those named by paths, too.
+    and with `copy_all` those named by paths, too. What is copied is a picture or a PDF below the
+    root of the source, since rows are foreign, and what they name is handed on with the output.
     """
 
     def __init__(self, source: Source, images: Path, name: str, *, copy_all: bool = False):
@@ -105,6 +118,7 @@ class _Writer:
         self.copy_all = copy_all
         self.problems: list[str] = []
         self.num_rows = self.num_by_path = self.num_held = 0
+        self.pdfs: dict[str, str] = {}  # by path the copy, which the rows of all its pages share
 
     def write(self, out: Path) -> None:
         """One file, and the folder emptied before."""
@@ -117,7 +131,7 @@ class _Writer:
                         raise row
                     written = self._with_files(row)
                 except DataError as error:
-                    self.problems.append(f"{where}: {error}")
+                    self.problems.append(f"{where}: {_as_options(str(error))}")
                     continue
                 self.num_rows += 1
                 file.write(json.dumps(dump_chat(written), ensure_ascii=False) + "\n")
@@ -139,22 +153,45 @@ class _Writer:
         source = image.source
         if isinstance(source, str) and source.startswith(("data:", "http://", "https://")):
             return image
-        if isinstance(source, str) and not self.copy_all:
+        # of several folders no image_root would serve, which reading says
+        is_clear = not row.image_access.folders or (
+            isinstance(source, str) and Path(source).is_absolute()
+        )
+        if isinstance(source, str) and is_clear and not self.copy_all:
             self.num_by_path += 1
             return image
-        self.num_held += isinstance(source, bytes)
-        _, data = read_image_file(source, row.image_access)
-        suffix = next((s for magic, s in SUFFIXES.items() if data.startswith(magic)), ".img")
-        file = f"{self.num_rows + 1:07d}-{number}{suffix}"
+        page = page_of(source)
+        fragment = "" if page is None else f"#page={page}"
+        path = str(source).removesuffix(fragment) if fragment else ""
+        if path in self.pdfs:
+            return Image(f"{self.name}/{self.pdfs[path]}{fragment}")
+        shown, data = read_image_file(source, row.image_access)
+        found = image_format(data)
+        if found is None:
+            raise DataError(f"image {shown} {why_no_image(data)}")
+        if fragment and found != "PDF":
+            raise DataError(
+                f"image {shown} is {found}, not a PDF, and has no pages; leave {fragment} out"
+            )
+        file = f"{self.num_rows + 1:07d}-{number}{SUFFIXES[found]}"
         (self.images / file).write_bytes(data)
-        return Image(f"{self.name}/{file}")
+        self.num_held += 1
+        if fragment:
+            self.pdfs[path] = file
+        return Image(f"{self.name}/{file}{fragment}")
 
 
 def _as_options(message: str) -> str:
+    """Without what only a recipe can set."""
     return (
         message.replace("set format: columns, columns:", "give --columns")
         .replace("set format", "give --from")
         .replace("set question:", "give --question")
+        .replace(
+            "move it there, set image_root, or set data.allow_outside_root: true", "move it there"
+        )
+        .replace("starts; set image_root", "starts; convert the files of each folder by themselves")
+        .replace(", or set data.allow_urls: true", "")
     )
 
 

@@ -37,6 +37,12 @@ def evaluate(path: str | Path, *, console: Console | None = None) -> Judgement:
     encoder = Encoder.of_recipe(processor, family, recipe.images, recipe.data)
     held_out = prepare_held_out(recipe, encoder, cache_of(run.path), console)
     assert held_out
+    known = read_json(run.environment).get("rows_sha256") if run.environment.is_file() else None
+    if recipe.data.eval_fraction and held_out.examination.digest() != known:
+        raise DataError(
+            f"{path}: the data files have changed since the training, so that rows it was trained "
+            "on would be judged as held out; bring the files back, or train with data.eval"
+        )
     judgement = judge(model, encoder, held_out.rows, recipe.evaluation, run, console)
     summary = read_json(run.summary) if run.summary.is_file() else {}
     summary |= {

@@ -1,5 +1,6 @@
 """`finetune preview`: rows as the model reads them, before anything is trained on them."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,10 @@ import numpy as np
 from rich.console import Console
 
 from finetune.data.examples import Encoder
-from finetune.data.sources import Row
+from finetune.data.sources import Row, Rows
 from finetune.errors import DataError
 from finetune.model.load import load_config, load_processor, quiet_libraries
-from finetune.preparation import cache_of, open_sources, open_streams
+from finetune.preparation import cache_of, open_sources, open_streams, prepare_held_out
 from finetune.preview_page import PreviewRow, preview_row, refuse_other_than_page, write_preview
 from finetune.recipe import Recipe
 from finetune.tables import messages_console
@@ -50,12 +51,12 @@ def preview(
     """
     console = console or messages_console()
     quiet_libraries()
-    if held_out and not recipe.data.eval:
-        raise DataError("data.eval is empty; leave --held-out out, or name held-out rows there")
+    if held_out and not recipe.data.eval and not recipe.data.eval_fraction:
+        raise DataError("nothing is held out; leave --held-out out, or set data.eval_fraction: 0.1")
     _, family = load_config(recipe.model)
     processor = load_processor(recipe.model, recipe.images)
     encoder = Encoder.of_recipe(processor, family, recipe.images, recipe.data)
-    read, total = _read(recipe, num_rows, chosen, seed, held_out, console)
+    read, total = _read(recipe, encoder, num_rows, chosen, seed, held_out, console)
     rows, problems = [], []
     for where, row in read:
         try:
@@ -84,6 +85,7 @@ def write_page(shown: Preview, recipe: Recipe, title: str, out: Path) -> Path:
 
 def _read(
     recipe: Recipe,
+    encoder: Encoder,
     num_rows: int,
     chosen: Sequence[str],
     seed: int,
@@ -97,35 +99,34 @@ def _read(
         if chosen:
             raise DataError("streamed rows cannot be chosen by their place; leave --row out")
         streams = open_streams(recipe, cache, console)
-        each = [list(_first(stream.iterate(), num_rows)) for stream in streams]
-        return [row for rows in each for row in rows][:num_rows], None
-    (sources,) = open_sources([entries], recipe.data, cache, console)
-    places = [(source, i) for source in sources for i in range(len(source))] if chosen else []
-    total = sum(len(source) for source in sources)
-    if chosen:
-        picked = []
-        for name in chosen:
-            found = [
-                (source, i)
-                for source, i in places
-                if source.container.where(i) == name or source.container.where(i).endswith(name)
-            ]
-            if len(found) != 1:
-                raise DataError(
-                    f"--row {name}: {len(found):,} rows have a place that ends so; write it as "
-                    "check prints it, such as data/train.jsonl:41"
-                )
-            picked += found
+        rows = itertools.chain.from_iterable(
+            itertools.islice(stream.iterate(), num_rows) for stream in streams
+        )
+        return list(itertools.islice(rows, num_rows)), None
+    if held_out and recipe.data.eval_fraction:
+        carved = prepare_held_out(recipe, encoder, cache, console)
+        assert carved
+        all_rows = carved.rows
     else:
-        ends = np.cumsum([len(source) for source in sources])
-        numbers = np.random.default_rng(seed).permutation(total)[:num_rows]
-        picked = []
-        for number in sorted(numbers.tolist()):
-            k = int(np.searchsorted(ends, number, side="right"))
-            picked.append((sources[k], number - (int(ends[k - 1]) if k else 0)))
-    return [row for source, i in picked for row in source.rows(i, i + 1)], total
+        (sources,) = open_sources([entries], recipe.data, cache, console)
+        all_rows = Rows(sources, np.arange(sum(len(source) for source in sources)))
+    if chosen:
+        picked = [_find(all_rows, name) for name in chosen]
+    else:
+        picked = np.random.default_rng(seed).permutation(len(all_rows))[:num_rows].tolist()
+        picked.sort()
+    return [all_rows.row_or_error(i) for i in picked], len(all_rows)
 
 
-def _first(rows: Any, count: int) -> Any:
-    for _, row in zip(range(count), rows, strict=False):
-        yield row
+def _find(rows: Rows, name: str) -> int:
+    """The row whose place is, or ends in, the name. Raises `DataError` unless it is one."""
+    places = [rows.where_of(int(number)) for number in rows.numbers]
+    found = [i for i, place in enumerate(places) if place.endswith(name)]
+    if name in places:
+        found = [places.index(name)]
+    if len(found) != 1:
+        raise DataError(
+            f"--row {name}: {len(found):,} rows have a place that ends so; write it as check "
+            "prints it, such as data/train.jsonl:41"
+        )
+    return found[0]

@@ -1,7 +1,9 @@
 """`finetune train`: a recipe becomes a run directory."""
 
 import json
+import os
 from dataclasses import dataclass
+from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,7 @@ from finetune.rundir import (
     read_jsonl,
     replacing,
     write_json,
+    write_jsonl,
     write_text,
 )
 from finetune.tables import (
@@ -90,7 +93,10 @@ class Prepared:
 
     def digest(self) -> str:
         """What the model will see of all rows, pictures included, as a digest."""
-        return "-".join(examination.digest() for examination in self.examinations())
+        digests = [examination.digest() for examination in self.examinations()]
+        # of a stream nothing is read beforehand; its files' names and sizes stand for it
+        digests += [sha256(repr(each.summary()).encode()).hexdigest() for each in self.streams]
+        return "-".join(digests)
 
 
 def train(
@@ -169,6 +175,7 @@ def refuse_what_cannot_run(recipe: Recipe, source: str) -> None:
         "training.learning_rate by part": isinstance(training.learning_rate, dict),
         "training.packing": training.packing,
         "training.vision_cache": training.vision_cache != "off",
+        "several processes (WORLD_SIZE)": int(os.environ.get("WORLD_SIZE") or 1) > 1,
     }
     problems = [
         f"{setting}: not available in this version" for setting, used in unbuilt.items() if used
@@ -338,6 +345,9 @@ class FindingsLists:
 
     def __init__(self, run: RunDir):
         self.run = run
+        for path in (run.skipped, run.changed):
+            if path.is_file():
+                write_jsonl(path, read_jsonl(path))  # without a last line that was not finished
         self._listed = {
             path: {line["where"] for line in read_jsonl(path)}
             for path in (run.skipped, run.changed)

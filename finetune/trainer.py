@@ -69,6 +69,8 @@ class VisionSFTTrainer(SFTTrainer):
             processing_class=collator.encoder.processor,
             callbacks=list(callbacks),
         )
+        if stream:
+            stream.rank, stream.num_ranks = self.args.process_index, self.args.world_size
         self.remove_callback(PrinterCallback)  # standard output is for results
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:

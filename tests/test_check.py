@@ -227,6 +227,65 @@ def test_held_out_rows_are_carved_out_and_kept_apart_from_training(
     assert again == judged
 
 
+def test_rows_trained_on_are_not_judged_as_held_out_once_the_file_has_grown(
+    dataset: Callable[..., Path], tmp_path: Path
+) -> None:
+    from finetune.errors import DataError
+    from finetune.evaluate import evaluate
+
+    recipe = load_recipe(dataset(num_eval=0), ["data.eval_fraction=0.25", "training.max_steps=1"])
+    assert train(recipe, console=QUIET, results=QUIET) == 0
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write(json.dumps(chat_row("one", "more")) + "\n")
+    with pytest.raises(DataError, match="have changed since the training"):
+        evaluate(tmp_path / "run", console=QUIET)
+
+
+def test_check_counts_both_sides_of_a_carved_set(
+    dataset: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = dataset(num_eval=0)
+    break_rows(tmp_path)
+    result = checked(recipe, "data.eval_fraction=0.3")
+    train_part, eval_part = result.parts
+    assert (train_part.num_rows, eval_part.num_rows) == (9, 3)
+    assert train_part.num_bad == result.num_problems == 2
+    assert result.duplicates
+    assert result.duplicates.num_same_question == 3
+    assert result.duplicates.num_same_image == 0
+    assert eval_part.longest[0].where.startswith(f"{tmp_path}/train.jsonl:")
+
+
+def test_problems_are_listed_even_where_nothing_can_be_held_out(
+    dataset: Callable[..., Path], tmp_path: Path
+) -> None:
+    from finetune.errors import DataError
+
+    recipe = dataset(num_eval=0)
+    rows = [chat_row(f"q{i}", "a", "train0.png") for i in range(5)]
+    write_rows(tmp_path / "train.jsonl", [*rows, chat_row("q", "a", "missing.png")])
+    with pytest.raises(DataError, match="rows that share pictures stay together"):
+        checked(recipe, "data.eval_fraction=0.2")
+    assert len(read_jsonl(tmp_path / "run-check" / "skipped.jsonl")) == 1
+
+
+def test_preview_shows_held_out_rows_of_a_carved_set(
+    dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    recipe = str(dataset(num_eval=0))
+    arguments = ("preview", recipe, "data.eval_fraction=0.25", "--held-out", "--json")
+    assert run(monkeypatch, *arguments) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_a_check_goes_on_where_a_killed_one_left_its_half_written_page(
+    dataset: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "run-check").mkdir()
+    (tmp_path / "run-check" / ".check.html.123.tmp").write_text("half")
+    assert checked(dataset()).num_problems == 0
+
+
 def test_preview_shows_rows_and_prints_ids_and_masks(
     dataset: Callable[..., Path],
     tmp_path: Path,

@@ -6,9 +6,11 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import tarfile
 import tempfile
+import time
 from collections.abc import Callable
 from datetime import datetime
 from decimal import Decimal
@@ -23,10 +25,12 @@ import zstandard
 from datasets.exceptions import DatasetNotFoundError
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from finetune.data.containers import (
     Container,
     cached,
+    cleaning,
     documents,
     files,
     json_rows,
@@ -38,7 +42,10 @@ from finetune.data.containers import (
     streams,
 )
 from finetune.data.containers.files import FileStamp
+from finetune.data.images import load_image
+from finetune.data.sources import Row, open_source, open_stream_source
 from finetune.errors import DataError
+from finetune.recipe import Columns, DataSection, DataSource
 
 ROWS = [
     {"image": f"{i}.png", "question": f"Wie groß\nist “{i}”, 你好?", "answer": f"{i} m"}
@@ -279,6 +286,33 @@ def test_skipped_rows_are_not_decoded(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(decoded) == 2
 
 
+@pytest.mark.parametrize("name", ["plain", "gzip", "csv", "parquet", "tar"])
+def test_a_stream_whose_file_is_written_again_is_refused(name: str, tmp_path: Path) -> None:
+    path = write(name, tmp_path)
+    stream = open_stream(path)
+    first = [row for _, row in stream.iterate(0, 1)]
+    assert not any(isinstance(row, DataError) for row in first)
+    os.utime(path, ns=(1, 1))  # the same rows, but who knows
+    changed = f"^{re.escape(files.shown_path(path))}: the file has changed since it was indexed"
+    with pytest.raises(DataError, match=changed):
+        list(stream.iterate(0, 1))
+    with pytest.raises(DataError, match=changed):
+        list(stream.iterate(0, 1, skip=2))
+    assert len(list(open_stream(path).iterate(0, 1))) == len(first)
+
+
+@pytest.mark.parametrize("name", ["plain", "csv", "parquet"])
+def test_a_file_written_again_while_it_is_streamed_does_not_end_in_silence(
+    name: str, tmp_path: Path
+) -> None:
+    path = write(name, tmp_path)
+    rows = open_stream(path).iterate(0, 1)
+    next(rows)
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(DataError, match="the file has changed since it was indexed"):
+        list(rows)
+
+
 def test_passed_row_groups_are_not_read(tmp_path: Path) -> None:
     """The first group is damaged, which only its reader can notice."""
     content = bytearray(parquet(ROWS))
@@ -314,7 +348,8 @@ def test_lines_are_looked_up_once_and_again_when_the_file_changes(
     path.write_bytes(jsonl(ROWS))
     assert opened() == (1, ROWS)
     assert opened() == (0, ROWS)
-    assert [file.suffix for file in cache.iterdir()] == [".npy"]  # nothing else is left
+    [index] = cache.glob("*.npy")
+    assert {file.name for file in cache.iterdir()} == {index.name, "used"}  # nothing else is left
 
     path.write_bytes(jsonl(ROWS[:4]))
     assert opened() == (1, ROWS[:4])
@@ -324,7 +359,6 @@ def test_lines_are_looked_up_once_and_again_when_the_file_changes(
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
     assert opened() == (1, ROWS[:4])
 
-    [index] = cache.iterdir()
     (tmp_path / "other").mkdir()
     shutil.copy(path, tmp_path / "other" / "rows.jsonl")
     whole = index.read_bytes()
@@ -340,10 +374,10 @@ def test_another_files_index_is_not_taken(tmp_path: Path) -> None:
         os.utime(tmp_path / f"{name}.jsonl", ns=(0, 0))
     cache = tmp_path / "cache"
     open_container(tmp_path / "a.jsonl", cache)
-    [index] = cache.iterdir()
+    [index] = cache.glob("*.npy")
     foreign = index.read_bytes()
     open_container(tmp_path / "b.jsonl", cache)
-    [other] = set(cache.iterdir()) - {index}
+    [other] = set(cache.glob("*.npy")) - {index}
     other.write_bytes(foreign)
     assert rows_of(open_container(tmp_path / "b.jsonl", cache)) == ROWS[1:3]
     assert other.read_bytes() != foreign
@@ -407,6 +441,150 @@ def test_a_file_that_changes_while_it_is_open_is_no_wrong_row(tmp_path: Path) ->
     with pytest.raises(DataError, match="has changed since it was indexed"):
         container.read(1)
     assert all(isinstance(row, DataError) for _, row in container.read_range(0, 7))
+
+
+@pytest.mark.parametrize("name", ["csv", "coco", "tar", "gzip", "parquet"])
+def test_a_copy_made_by_other_code_is_not_taken(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, cache = tmp_path / "coco.json", tmp_path / "cache"
+    if name == "coco":
+        image, caption = {"id": 1, "file_name": "1.jpg"}, {"image_id": 1, "caption": "One."}
+        path.write_text(json.dumps({"images": [image], "annotations": [caption]}))
+    else:
+        path = write(name, tmp_path / "data")
+    rows = rows_of(open_container(path, cache))
+    of_path = cache / FileStamp.of(path).digest
+    [before] = [file for file in of_path.iterdir() if file.suffix != ".npy"]
+    monkeypatch.setattr(cached, "code_digest", lambda: "f" * 64)
+    assert rows_of(open_container(path, cache)) == rows
+    [after] = [file for file in of_path.iterdir() if file.suffix != ".npy"]
+    assert after.name != before.name  # and the other one is gone
+
+
+def test_an_index_made_by_other_code_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(jsonl(ROWS))
+    data, cache = FileStamp.of(tmp_path / "rows.jsonl"), tmp_path / "cache"
+    open_container(tmp_path / "rows.jsonl", cache)
+    assert cached.load_index(data, cache)
+    monkeypatch.setattr(cached, "code_digest", lambda: "f" * 64)
+    assert cached.load_index(data, cache) is None
+
+
+def test_the_digest_of_the_code_is_that_of_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def digest() -> str:
+        cached.code_digest.cache_clear()
+        return cached.code_digest()
+
+    here = digest()
+    shutil.copytree(Path(cached.__file__).parent, tmp_path / "containers")
+    shutil.copytree(Path(cached.data_formats.__path__[0]), tmp_path / "formats")
+    monkeypatch.setattr(cached, "__file__", str(tmp_path / "containers" / "cached.py"))
+    monkeypatch.setattr(cached.data_formats, "__path__", [str(tmp_path / "formats")])
+    try:
+        assert digest() == here
+        for file in ("containers/delimited.py", "formats/coco_captions.py"):
+            before = digest()
+            with (tmp_path / file).open("a") as out:
+                out.write("# mended\n")
+            assert digest() != before
+    finally:
+        cached.code_digest.cache_clear()
+
+
+def age(path: Path, days: float) -> None:
+    then = time.time() - days * 86_400
+    for file in (*path.rglob("*"), path):
+        os.utime(file, (then, then))
+
+
+def test_what_nobody_needs_any_more_is_taken_out_of_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    kept, removed = set(), set()
+    for name in ("used", "gone", "just gone", "unused", "of old code"):
+        path = tmp_path / f"{name}.csv"
+        path.write_bytes(table(ROWS, ","))
+        lines = tmp_path / f"{name}.jsonl"
+        lines.write_bytes(jsonl(ROWS))
+        for file in (path, lines):
+            open_container(file, cache)
+            digest = FileStamp.of(file).digest
+            place = cache / (digest if file == path else f"{digest}.npy")
+            assert place.exists()
+            age(place, 40)
+            note = cache / "used" / digest
+            age(note, {"just gone": 0.5, "gone": 2, "unused": 31}.get(name, 2))
+            if name == "of old code":
+                note.unlink()
+            if name in ("gone", "just gone"):
+                file.unlink()
+            (kept if name in ("used", "just gone") else removed).add(place)
+    leftovers = [
+        (".rows-0f.123.tmp", True, 2, False),
+        (".rows-0e.124.tmp", True, 0.5, True),
+        (f"{'0' * 32}.npy.12-0123abcd.part", False, 2, False),
+        (f"{'1' * 32}.npy.12-0123abcd.part", False, 0.5, True),
+        ("rows-0f", True, 99, True),
+        ("downloads", True, 99, True),
+        ("notes.npy", False, 99, True),
+        (".hidden", False, 99, True),
+        (f"{'2' * 31}", True, 99, True),
+    ]
+    for name, is_folder, days, stays in leftovers:
+        place = cache / name
+        if is_folder:
+            place.mkdir()
+            (place / "inner.txt").write_text("x")
+        else:
+            place.write_text("x")
+        age(place, days)
+        (kept if stays else removed).add(place)
+    foreign = cache / FileStamp.of(tmp_path / "unused.csv").digest / "readme.txt"
+    foreign.write_text("not ours")
+    copies = cache / FileStamp.of(tmp_path / "used.csv").digest
+    part = copies / "1.2.table.7-0123abcd.part"
+    part.write_text("x")
+    age(part, 2)
+    (cache / ("3" * 32)).symlink_to(tmp_path)
+    kept.add(cache / ("3" * 32))
+
+    monkeypatch.setattr(cleaning, "_cleaned", set())
+    (tmp_path / "new.jsonl").write_bytes(jsonl(ROWS))
+    open_container(tmp_path / "new.jsonl", cache)  # which writes something new
+    assert {place for place in kept if not place.exists()} == set()
+    left = {place for place in removed if place.exists()}
+    assert left == {foreign.parent}
+    assert list(foreign.parent.iterdir()) == [foreign]
+    assert not part.exists()
+    assert len(list(copies.iterdir())) == 2  # the copy and its index
+    assert rows_of(open_container(tmp_path / "used.csv", cache))
+
+
+def test_a_use_is_noted_about_once_a_day(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(jsonl(ROWS))
+    (tmp_path / "rows.csv").write_bytes(table(ROWS, ","))
+    cache = tmp_path / "cache"
+    for name in ("rows.jsonl", "rows.csv"):
+        open_container(tmp_path / name, cache)
+        note = cache / "used" / FileStamp.of(tmp_path / name).digest
+        age(note, 20)
+        open_container(tmp_path / name, cache)
+        assert time.time() - note.stat().st_mtime < 86_400
+
+
+def test_a_cache_that_cannot_be_cleaned_stops_nothing(tmp_path: Path) -> None:
+    cleaning.clean(tmp_path / "none")
+    (tmp_path / "used").write_text("a file, not our folder")
+    (tmp_path / f".x.{'9' * 9}.tmp").write_text("")
+    age(tmp_path / f".x.{'9' * 9}.tmp", 2)
+    cleaning.clean(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["used"]
 
 
 LINES = st.lists(
@@ -794,6 +972,63 @@ def test_file_names_become_images(tmp_path: Path) -> None:
 
 
 # --- COCO ----------------------------------------------------------------------------------------
+
+
+def write_scattered(folder: Path) -> Path:
+    """Two files of one name in two folders, and the pattern that takes both."""
+    for name in ("a", "b"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "rows.jsonl").write_bytes(jsonl(ROWS[:1]))
+    return folder / "*" / "rows.jsonl"
+
+
+@pytest.mark.parametrize("opener", [lambda path: open_container(path, path.parent), open_stream])
+def test_files_of_several_folders_name_them(opener: Callable[[Path], Any], tmp_path: Path) -> None:
+    opened = opener(write_scattered(tmp_path / "gl"))
+    assert opened.root.resolve() == tmp_path / "gl"
+    assert opened.roots == (tmp_path / "gl" / "a", tmp_path / "gl" / "b")
+    (tmp_path / "gl" / "a" / "more.jsonl").write_bytes(jsonl(ROWS[:1]))
+    same = opener(tmp_path / "gl" / "a" / "*.jsonl")
+    assert same.root == tmp_path / "gl" / "a"
+    assert same.roots == ()
+
+
+def source_of(path: Path, *, streaming: bool, **settings: Any) -> list[Row]:
+    columns = Columns(image="image", question="question", answer="answer")
+    entry = DataSource(path=str(path), columns=columns, streaming=streaming, **settings)
+    section, cache = DataSection(train=(entry,)), path.parent.parent.parent / "cache"
+    if streaming:
+        found = open_stream_source(entry, section, cache).iterate()
+    else:
+        opened = open_source(entry, section, cache)
+        found = opened.rows(0, len(opened))
+    return [row for _, row in found if isinstance(row, Row)]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_relative_path_of_rows_of_several_folders_is_refused(
+    streaming: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One picture would else be taken for both, or none found."""
+    monkeypatch.chdir(tmp_path)
+    pattern = write_scattered(tmp_path / "gl")
+    folders = [tmp_path / "gl", tmp_path / "gl" / "a", tmp_path / "gl" / "b"]
+    for number, folder in enumerate(folders):
+        Image.new("RGB", (2, 2), (number, 0, 0)).save(folder / "0.png")
+    first, second = source_of(pattern, streaming=streaming)
+    for row in (first, second):
+        with pytest.raises(DataError) as caught:
+            load_image("0.png", row.image_access)
+        assert str(caught.value) == (
+            "rows come from several folders (gl/a, gl/b), so that it is not clear where '0.png' "
+            "starts; set image_root"
+        )
+        for clear in (str(tmp_path / "gl" / "b" / "0.png"), (folders[2] / "0.png").read_bytes()):
+            assert load_image(clear, row.image_access).getpixel((0, 0)) == (2, 0, 0)
+    named = source_of(pattern, streaming=streaming, image_root=str(tmp_path / "gl"))
+    assert load_image("0.png", named[0].image_access).size == (2, 2)
+    [alone] = source_of(tmp_path / "gl" / "a" / "*.jsonl", streaming=streaming)
+    assert load_image("0.png", alone.image_access).getpixel((0, 0)) == (1, 0, 0)
 
 
 def test_coco_captions_are_joined_to_their_images(tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ def make_source(tmp_path: Path) -> Callable[[int], Source]:
         rows = []
         for i in range(count):
             question = "long " * 100 if i % 5 == 4 else f"What is {i}?"
-            files = ["missing.png"] if i % 7 == 6 else ["a.png"] if i % 2 else []
-            rows.append(chat_row(question, f"A{i}", *files))
+            row = chat_row(question, f"A{i}", *(["a.png"] if i % 2 else []))
+            rows.append({"messages": []} if i % 7 == 6 else row)
         write_rows(tmp_path / "rows.jsonl", rows)
         entry = DataSource(path=str(tmp_path / "rows.jsonl"))
         return open_source(entry, DataSection(train=(entry,)), tmp_path / "cache")
@@ -45,9 +45,8 @@ def test_counts_are_those_of_the_rows_encoded_one_by_one(
     found = examine([source], short, findings_file=tmp_path / "f.jsonl", num_processes=1)
     states = []
     for i, line in enumerate(found.counts):
-        row = source.row(i)
         try:
-            example = short.encode(row)
+            example = short.encode(source.row(i))
         except DataError as error:
             states.append(OVERLONG if "too long" in str(error) else BAD)
             continue
@@ -190,3 +189,45 @@ def test_what_older_code_found_is_not_believed(
     assert examine_once([source], short, tmp_path / "cache")[1]
     monkeypatch.setattr(examined, "code_digest", lambda: "another")
     assert not examine_once([source], short, tmp_path / "cache")[1]
+
+
+def picture_source(folder: Path) -> Source:
+    write_rows(folder / "p.jsonl", [chat_row("q", f"a{i}", f"p{i}.png") for i in range(6)])
+    entry = DataSource(path=str(folder / "p.jsonl"))
+    return open_source(entry, DataSection(train=(entry,)), folder / "cache")
+
+
+def test_a_picture_that_was_mended_is_no_longer_bad(short: Encoder, tmp_path: Path) -> None:
+    for i in range(5):
+        noise(28, 28, seed=i).save(tmp_path / f"p{i}.png")
+    source = picture_source(tmp_path)
+    found, _ = examine_once([source], short, tmp_path / "cache")
+    assert found.num_of(BAD) == 1
+    noise(28, 28, seed=5).save(tmp_path / "p5.png")
+    mended, was_kept = examine_once([source], short, tmp_path / "cache")
+    assert not was_kept
+    assert mended.num_of(BAD) == 0
+    assert examine_once([source], short, tmp_path / "cache")[1]
+
+
+def test_a_picture_that_was_exchanged_is_seen(short: Encoder, tmp_path: Path) -> None:
+    for i in range(6):
+        noise(28, 28, seed=i).save(tmp_path / f"p{i}.png")
+    source = picture_source(tmp_path)
+    before = examine_once([source], short, tmp_path / "cache")[0]
+    digest = before.digest()
+    noise(56, 28, seed=9).save(tmp_path / "p3.png")
+    after, was_kept = examine_once([source], short, tmp_path / "cache")
+    assert not was_kept
+    assert after.digest() != digest
+
+
+def test_some_of_the_rows_have_their_own_pictures_and_findings(
+    make_source: Callable[[int], Source], short: Encoder, tmp_path: Path
+) -> None:
+    found = examine([make_source(40)], short, findings_file=tmp_path / "f.jsonl")
+    rows = np.array([0, 1, 3, 4, 6, 9, 13])
+    some = found.of_rows(rows)
+    assert (some.counts == found.counts[rows]).all()
+    assert len(some.image_keys) == some.counts["num_images"].sum() == 2
+    assert [finding.row for finding in some.findings()] == [4, 6, 9, 13]

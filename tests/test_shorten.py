@@ -61,6 +61,18 @@ def test_pictures_that_the_rest_is_about_move_to_the_first_turn_left() -> None:
     assert shorter.image_numbers == (0, 1)
 
 
+def test_a_follow_up_question_keeps_its_picture_though_a_later_turn_shows_another() -> None:
+    conversation = Conversation(
+        (user("a.png", "q1"), answer("a1"), user("its colour?"), answer("black"),
+         user("b.png", "and this?"), answer("a dog"))
+    )  # fmt: skip
+    one, two = without_oldest_exchanges(conversation)
+    assert one.conversation.messages[0].content == (Image("a.png"), Text("its colour?"))
+    assert one.image_numbers == (0, 1)
+    assert [image.source for image in two.conversation.images()] == ["b.png"]
+    assert two.image_numbers == (1,)
+
+
 def test_a_row_is_not_shortened_to_one_that_teaches_nothing() -> None:
     conversation = Conversation((user("q1"), answer("a1"), user("q2"), answer("a2", train=False)))
     assert list(without_oldest_exchanges(conversation)) == []

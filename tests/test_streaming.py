@@ -12,7 +12,7 @@ from finetune.data.examination import Finding
 from finetune.data.examples import Encoder
 from finetune.data.sources import open_stream_source
 from finetune.data.streaming import ExampleStream, Position, StreamCollator, StreamedExample
-from finetune.errors import DataError
+from finetune.errors import DataError, RecipeError, RunDirError
 from finetune.recipe import DataSection, DataSource, load_recipe
 from finetune.rundir import RunDir, read_json, read_jsonl
 from finetune.train import FindingsLists, train
@@ -126,6 +126,32 @@ def test_a_stream_without_a_usable_row_ends_in_an_error_and_not_in_a_loop(
         next(iter(make_stream({"a": ["bad", "bad"]})))
 
 
+def test_a_process_without_a_row_leaves_the_rows_to_the_others(
+    make_stream: Callable[..., ExampleStream],
+) -> None:
+    loader = DataLoader(make_stream({"a": ["q0"]}), batch_size=None, num_workers=2)
+    assert wheres(islice(iter(loader), 5)) == ["a.jsonl:1"] * 5
+
+
+def test_lists_go_on_after_a_line_that_was_not_finished(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    FindingsLists(run).add([Finding("bad", "a.jsonl:1", "is no row")])
+    run.skipped.write_text(run.skipped.read_text() + '{"where": "a.js')
+    FindingsLists(run).add([Finding("bad", "a.jsonl:2", "is no row")])
+    assert [line["where"] for line in read_jsonl(run.skipped)] == ["a.jsonl:1", "a.jsonl:2"]
+
+
+def test_a_stream_whose_file_changed_is_not_resumed(
+    dataset: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = load_recipe(stream_recipe(dataset, max_steps=2))
+    assert train(recipe) == 0
+    lines = (tmp_path / "train.jsonl").read_text().splitlines()
+    (tmp_path / "train.jsonl").write_text("\n".join(lines[2:]))
+    with pytest.raises(RunDirError, match="the rows in the data files"):
+        train(recipe, resume=True)
+
+
 def test_a_batch_tells_where_its_last_row_stood(
     make_stream: Callable[..., ExampleStream], encoder: Encoder
 ) -> None:
@@ -184,8 +210,6 @@ def test_a_row_left_out_in_every_epoch_is_listed_once(tmp_path: Path) -> None:
 def test_a_stream_is_not_resumed_with_another_number_of_processes(
     dataset: Callable[..., Path], tmp_path: Path
 ) -> None:
-    from finetune.errors import RunDirError
-
     path = stream_recipe(dataset, num_workers=2, max_steps=3)
     assert train(load_recipe(path)) == 0
     state = next(RunDir(tmp_path / "run").checkpoints.glob("*-2/stream-0.json"))
@@ -203,8 +227,6 @@ def test_a_stream_is_not_resumed_with_another_number_of_processes(
 def test_streams_need_a_number_of_steps_and_cannot_be_mixed_or_carved(
     dataset: Callable[..., Path],
 ) -> None:
-    from finetune.errors import RecipeError
-
     recipe = dataset(training={"epochs": 1, "max_steps": None}, num_eval=0)
     with pytest.raises(RecipeError) as caught:
         load_recipe(recipe, ["data.train.0.streaming=true", "data.eval_fraction=0.1"])

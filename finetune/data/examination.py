@@ -6,25 +6,27 @@ What is kept of a row is one line of a table (some 60 bytes); what is wrong goes
 
 import collections
 import gc
+import heapq
 import itertools
 import json
 import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
 from finetune.data.examples import Encoder, OverlongError, RowCounts
 from finetune.data.sources import Row, Source, StreamSource
+from finetune.data.stamps import stamp_files
 from finetune.errors import DataError
 
 # A row of the table. `state` is one of the constants below.
@@ -39,10 +41,14 @@ COUNTS = np.dtype(
         ("num_view_pixels", "u8"),
         ("row_key", "u8"),
         ("question_key", "u8"),
+        ("num_files", "u4"),
+        ("files_key", "u8"),
     ]
 )
+_MEASURED = ("state", "num_files", "files_key")  # of a row whether or not it can be counted
 USABLE, BAD, OVERLONG = 0, 1, 2
-_counted = attrgetter(*(name for name in COUNTS.names or () if name != "state"))
+_counted = attrgetter(*(name for name in COUNTS.names or () if name not in _MEASURED))
+Result = TypeVar("Result")
 Kind = Literal["bad", "overlong", "changed"]
 LEFT_OUT: tuple[Kind, ...] = ("bad", "overlong")
 CHANGED: tuple[Kind, ...] = ("changed",)
@@ -53,13 +59,15 @@ class Finding:
     """Something to tell about a row: `bad` and `overlong` rows are left out, `changed` ones are
     trained shorter.
 
-    `group` is what findings are counted by: the reason for a change.
+    `row` is its number over all sources; `group` is what findings are counted by: the reason for a
+    change.
     """
 
     kind: Kind
     where: str
     reason: str
     group: str = ""
+    row: int = -1
 
     def __str__(self) -> str:
         return f"{self.where}: {self.reason}"
@@ -74,21 +82,35 @@ class Examination:
     """What was found in some sources, in the order of their rows.
 
     `counts` has one line a row [rows of all sources], `image_keys` one a usable image, in order.
-    `findings_file` holds a JSON line a finding.
+    `findings_file` holds a JSON line a finding. `rows` are the numbers of the rows, where they are
+    only some; `places` tells where the longest and heaviest rows of a stream stood.
     """
 
     counts: np.ndarray
     image_keys: np.ndarray
     findings_file: Path
     num_rows_of: tuple[int, ...]
+    rows: np.ndarray | None = None
+    places: Mapping[int, str] = field(default_factory=dict)
 
     def findings(self, *kinds: Kind) -> Iterator[Finding]:
         """The findings of these kinds, in the order of the rows; all of them without any."""
+        wanted = None if self.rows is None else set(self.rows.tolist())
         with self.findings_file.open(encoding="utf-8") as lines:
             for line in lines:
                 finding = Finding(**json.loads(line))
+                if wanted is not None and finding.row not in wanted:
+                    continue
                 if not kinds or finding.kind in kinds:
                     yield finding
+
+    def of_rows(self, rows: np.ndarray) -> "Examination":
+        """What was found in some of the rows, by their numbers, rising."""
+        shown = np.zeros(len(self.counts), bool)
+        shown[rows] = True
+        of_image = np.repeat(np.arange(len(self.counts)), self.counts["num_images"])
+        keys = self.image_keys[shown[of_image]]
+        return replace(self, counts=self.counts[rows], image_keys=keys, rows=rows)
 
     def usable(self) -> np.ndarray:
         """Numbers of the rows that can be trained, over all sources [usable rows]."""
@@ -131,12 +153,46 @@ def examine(
     with findings_file.open("w", encoding="utf-8") as file:
         for block in _in_order(work.block, work, blocks, _num_processes(num_processes, blocks)):
             table[done : done + len(block.counts)] = block.counts
-            done += len(block.counts)
             keys.append(block.image_keys)
-            _write_findings(file, block.findings)
+            _write_findings(file, block.findings, done)
+            done += len(block.counts)
             on_progress(done, total)
     image_keys = np.concatenate(keys) if keys else np.zeros(0, np.uint64)
     return Examination(table, image_keys, findings_file, tuple(len(s) for s in sources))
+
+
+def is_stale(
+    kept: Examination,
+    sources: Sequence[Source],
+    encoder: Encoder,
+    *,
+    num_processes: int | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> bool:
+    """Whether a picture of a usable row is another by now, or a row was bad that has pictures:
+    they may have been mended, or what reads them installed. Rows without pictures cost nothing.
+    """
+    size = _block_size(len(kept.counts))
+    tasks = []
+    first = 0
+    for number, source in enumerate(sources):
+        for start in range(0, len(source), size):
+            stop = min(start + size, len(source))
+            counts = kept.counts[first + start : first + stop]
+            if counts["num_files"].any():
+                tasks.append((number, start, np.array(counts)))
+        first += len(source)
+    for _, _, counts in tasks:
+        if (counts["num_files"][counts["state"] == BAD] > 0).any():
+            return True
+    work = _Work(tuple(sources), encoder)
+    results = _in_order(work.stale, work, tasks, _num_processes(num_processes, tasks))
+    for done, stale in enumerate(results):
+        if stale:
+            results.close()  # type: ignore[attr-defined]  # a generator, which stops its processes
+            return True
+        on_progress(done + 1, len(tasks))
+    return False
 
 
 def examine_streams(
@@ -161,17 +217,34 @@ def examine_streams(
     keys: list[np.ndarray] = []
     done = 0
     blocks = _blocks_of(rows(), 32)
+    costly = {"num_tokens": _Costliest(), "num_view_pixels": _Costliest()}
     findings_file.parent.mkdir(parents=True, exist_ok=True)
     with findings_file.open("w", encoding="utf-8") as file:
         for block in _in_order(work.given, work, blocks, _num_processes(num_processes, None)):
             tables.append(block.counts)
             keys.append(block.image_keys)
+            _write_findings(file, block.findings, done)
+            for name, rows_kept in costly.items():
+                rows_kept.add(done, block.counts[name], block.wheres)
             done += len(block.counts)
-            _write_findings(file, block.findings)
             on_progress(done, 0)
     counts = np.concatenate(tables) if tables else np.zeros(0, COUNTS)
     image_keys = np.concatenate(keys) if keys else np.zeros(0, np.uint64)
-    return Examination(counts, image_keys, findings_file, tuple(num_rows_of))
+    places = {number: where for kept in costly.values() for _, number, where in kept.rows}
+    return Examination(counts, image_keys, findings_file, tuple(num_rows_of), places=places)
+
+
+class _Costliest:
+    """The rows that cost most so far, as (cost, number, where)."""
+
+    def __init__(self, count: int = 16):
+        self.count = count
+        self.rows: list[tuple[int, int, str]] = []
+
+    def add(self, first: int, costs: np.ndarray, wheres: Sequence[str]) -> None:
+        new = [(int(c), first + i, w) for i, (c, w) in enumerate(zip(costs, wheres, strict=True))]
+        # of equally costly rows the later stays, as an order by cost turned round has it
+        self.rows = heapq.nlargest(self.count, [*self.rows, *new])
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +252,7 @@ class _Block:
     counts: np.ndarray
     image_keys: np.ndarray
     findings: list[Finding]
+    wheres: list[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +265,19 @@ class _Work:
     def block(self, place: tuple[int, int, int]) -> _Block:
         """Rows start to stop of a source."""
         number, start, stop = place
-        return self.given(list(self.sources[number].rows(start, stop)))
+        block = self.given(list(self.sources[number].rows(start, stop)))
+        return replace(block, wheres=[])  # rows of a source can be asked for theirs
+
+    def stale(self, task: tuple[int, int, np.ndarray]) -> bool:
+        """Whether a picture of a row that was counted is another one by now."""
+        number, start, counts = task
+        rows = self.sources[number].rows(start, start + len(counts))
+        for (_, row), line in zip(rows, counts, strict=True):
+            if line["num_files"]:
+                now = stamp_files(row.conversation, row.image_access) if isinstance(row, Row) else 0
+                if now != (line["num_files"], line["files_key"]):
+                    return True
+        return False
 
     def given(self, rows: Sequence[tuple[str, Row | DataError]]) -> _Block:
         """Rows that were read already."""
@@ -199,24 +285,32 @@ class _Work:
         keys: list[int] = []
         findings: list[Finding] = []
         readable = [row for _, row in rows if isinstance(row, Row)]
+        # before the pictures are read, so that one changed meanwhile counts as changed
+        stamps = [
+            stamp_files(row.conversation, row.image_access) if isinstance(row, Row) else (0, 0)
+            for _, row in rows
+        ]
         counted = iter(self.encoder.count_many(readable))
         for i, (where, row) in enumerate(rows):
             result = next(counted) if isinstance(row, Row) else row
+            files = stamps[i]
             if isinstance(result, RowCounts):
-                table[i] = (USABLE, *_counted(result))
+                table[i] = (USABLE, *_counted(result), *files)
                 keys += result.image_keys
                 if result.kind:
-                    findings.append(Finding("changed", where, result.change, result.kind))
+                    findings.append(Finding("changed", where, result.change, result.kind, i))
             else:
                 overlong = isinstance(result, OverlongError)
                 table[i]["state"] = OVERLONG if overlong else BAD
-                findings.append(Finding("overlong" if overlong else "bad", where, str(result)))
-        return _Block(table, np.array(keys, np.uint64), findings)
+                table[i]["num_files"], table[i]["files_key"] = files
+                kind: Kind = "overlong" if overlong else "bad"
+                findings.append(Finding(kind, where, str(result), row=i))
+        return _Block(table, np.array(keys, np.uint64), findings, [where for where, _ in rows])
 
 
-def _write_findings(file: Any, findings: Sequence[Finding]) -> None:
-    for f in findings:
-        line = {"kind": f.kind, "where": f.where, "reason": f.reason, "group": f.group}
+def _write_findings(file: Any, findings: Sequence[Finding], first_row: int) -> None:
+    for finding in findings:
+        line = asdict(finding) | {"row": first_row + finding.row}
         file.write(json.dumps(line, ensure_ascii=True) + "\n")
 
 
@@ -250,24 +344,26 @@ def _start_worker(work: _Work) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
 
 
-def _do(method: str, task: Any) -> _Block:
+def _do(method: str, task: Any) -> Any:
     assert _work is not None
     return getattr(_work, method)(task)
 
 
 def _in_order(
-    method: Callable[[Any], _Block], work: _Work, tasks: Any, num_processes: int
-) -> Iterator[_Block]:
+    method: Callable[[Any], Result], work: _Work, tasks: Any, num_processes: int
+) -> Iterator[Result]:
     """Results in the order of the tasks; a few tasks are under way at a time, so that neither they
     nor their results pile up.
     """
+    # Or the tokenizer's own threads, once started here, leave its locks held in a forked process
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if num_processes <= 1:
         yield from map(method, tasks)
         return
     # Forked where that is safe, so that workers share the indexes and the tokenizer's memory
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     pool = ProcessPoolExecutor(num_processes, context, _start_worker, (work,))
-    pending: collections.deque[Future[_Block]] = collections.deque()
+    pending: collections.deque[Future[Any]] = collections.deque()
     try:
         for task in tasks:
             pending.append(pool.submit(_do, method.__name__, task))

@@ -1,13 +1,15 @@
 """Examinations kept from one command to the next, beside the runs they were made for.
 
-One holds as long as the data files keep their size and time, and nothing that shapes a row has
-changed: image settings, tokenizer, limits, this package. A picture changed afterwards is noticed
-when it is read in training.
+One holds as long as the data files and the pictures keep their size and time, and nothing that
+shapes a row has changed: image settings, tokenizer, limits, this package. Rows with pictures that
+were bad are looked at again each time, since what was wrong may have been mended.
 """
 
+import atexit
 import json
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from hashlib import sha256
@@ -18,7 +20,7 @@ import numpy as np
 
 import data_formats
 from finetune import __version__, data, families
-from finetune.data.examination import Examination, examine
+from finetune.data.examination import Examination, examine, is_stale
 from finetune.data.examples import Encoder
 from finetune.data.sources import Source
 from finetune.rundir import replacing
@@ -40,7 +42,7 @@ def examine_once(
     for this command alone.
     """
     folder = cache / f"rows-{_key(sources, encoder)}"
-    if not again and (kept := _load(folder, sources)):
+    if not again and (kept := _load(folder, sources)) and not is_stale(kept, sources, encoder):
         return kept, True
     try:
         with replacing(folder) as temporary:
@@ -54,9 +56,9 @@ def examine_once(
             np.save(temporary / "counts.npy", made.counts)
             np.save(temporary / "image_keys.npy", made.image_keys)
     except OSError:
-        aside = Path(tempfile.mkdtemp(prefix="finetune-"))
+        findings_file = folder_for_this_command() / "findings.jsonl"
         return examine(
-            sources, encoder, findings_file=aside / "findings.jsonl", on_progress=on_progress
+            sources, encoder, findings_file=findings_file, on_progress=on_progress
         ), False
     _prune(cache)
     loaded = _load(folder, sources)
@@ -64,11 +66,29 @@ def examine_once(
     return loaded, False
 
 
+def folder_for_this_command() -> Path:
+    """A temporary folder that goes when the command ends."""
+    folder = Path(tempfile.mkdtemp(prefix="finetune-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 def _prune(cache: Path) -> None:
-    """Take away all but the newest: every change of a setting leaves one behind."""
-    kept = sorted(cache.glob("rows-*"), key=lambda folder: folder.stat().st_mtime, reverse=True)
-    for folder in kept[NUM_KEPT:]:
+    """Take away all but the newest, since every change of a setting leaves one behind, and what
+    killed commands left unfinished.
+    """
+    kept = sorted(cache.glob("rows-*"), key=_time_of, reverse=True)
+    day_ago = time.time() - 24 * 3600
+    unfinished = [left for left in cache.glob(".rows-*.tmp") if _time_of(left) < day_ago]
+    for folder in [*kept[NUM_KEPT:], *unfinished]:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _time_of(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # taken away by another command
+        return 0.0
 
 
 def _load(folder: Path, sources: Sequence[Source]) -> Examination | None:

@@ -39,7 +39,8 @@ Box = tuple[int, int, int, int]  # left, upper, right, lower, in pixels of the u
 class ImageAccess:
     """Where a source's images are looked up, and what they may be.
 
-    `url_cache` None: downloads are not kept.
+    `url_cache` None: downloads are not kept. `folders` names those that the rows come from where
+    these are several and none is said to be the root: relative paths are then refused.
     """
 
     root: Path
@@ -50,6 +51,7 @@ class ImageAccess:
     url_timeout_seconds: float = 10
     url_cache: Path | None = None
     pdf_dpi: int = 144
+    folders: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,6 +338,11 @@ def _read_url(url: str, scheme: str, access: ImageAccess) -> bytes:
 
 def _read_path(source: str, access: ImageAccess) -> bytes:
     name = _shown(source)
+    if access.folders and not Path(source).is_absolute():
+        raise DataError(
+            f"rows come from several folders ({access.folders}), so that it is not clear where "
+            f"{name} starts; set image_root"
+        )
     try:
         # Links are followed here and nowhere else: what is checked is what is opened
         path = Path(os.path.realpath(access.root / source))

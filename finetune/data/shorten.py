@@ -28,8 +28,8 @@ def without_oldest_exchanges(conversation: Conversation) -> Iterator[Shortened]:
     """The conversation without its first exchange, its first two, and so on; one always stays.
 
     An exchange is a user's turns and what follows them up to the user's next. System turns stay.
-    Where no later turn has a picture of its own, those of the dropped exchanges are what the rest
-    is about: they move to the front of the first turn that is left.
+    Where the first exchange left has no picture of its own, it is about those shown before: they
+    move to its front, or its answer would be learnt blind.
     """
     numbered = _numbered(conversation)
     system = [entry for entry in numbered if entry[0].role == "system"]
@@ -39,7 +39,7 @@ def without_oldest_exchanges(conversation: Conversation) -> Iterator[Shortened]:
         kept = [entry for exchange in exchanges[num_dropped:] for entry in exchange]
         if not any(message.role == "assistant" and message.train for message, _ in kept):
             return
-        if not any(numbers for _, numbers in kept):
+        if not any(numbers for _, numbers in exchanges[num_dropped]):
             kept[0] = _with_images_of(dropped, kept[0])
         left = [*system, *kept]
         yield Shortened(

@@ -4,7 +4,7 @@ dropped without being listed.
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -21,6 +21,7 @@ from finetune.data.containers import (
     open_hub_stream,
     open_stream,
 )
+from finetune.data.containers.files import shown_path
 from finetune.data.images import ImageAccess
 from finetune.errors import DataError
 from finetune.recipe import DataSection, DataSource
@@ -136,6 +137,15 @@ class Rows(Sequence[Row]):
         except DataError as error:
             raise DataError(f"{source.container.where(number)}: {error}") from error
 
+    def row_or_error(self, index: int) -> tuple[str, Row | DataError]:
+        """The place of a row, and the row or why it cannot be used."""
+        source, number = self._place(int(self.numbers[index]))
+        where = source.container.where(number)
+        try:
+            return where, source.row(number)
+        except DataError as error:
+            return where, error
+
     def where_of(self, number: int) -> str:
         """The place of a row by its number over all rows of the sources, used or not."""
         source, inside = self._place(number)
@@ -165,6 +175,13 @@ class StreamSource:
     def __init__(self, stream: Stream, reader: Reader):
         self.stream = stream
         self.reader = reader
+
+    def summary(self) -> list[Any]:
+        """What tells it from another stream wherever it stands: names and sizes of its files."""
+        return [
+            [Path(part[0]).name, part[1]] if isinstance(part, list) else part
+            for part in self.stream.identity()
+        ]
 
     def iterate(
         self, consumer: int = 0, num_consumers: int = 1, skip: int = 0
@@ -238,10 +255,18 @@ def _reader(
     cache: Path,
 ) -> Reader:
     root = Path(settings.image_root) if settings.image_root else opened.root
+    access = image_access(data, root, cache)
+    if opened.roots and not settings.image_root:
+        access = replace(access, folders=_listed(opened.roots))
     try:
-        return Reader(settings, image_access(data, root, cache), first_rows)
+        return Reader(settings, access, first_rows)
     except FormatError as error:
         raise DataError(f"{opened.shown}: {error}") from error
+
+
+def _listed(folders: Sequence[Path]) -> str:
+    more = f" and {len(folders) - 3:,} more" if len(folders) > 3 else ""
+    return ", ".join(shown_path(folder) for folder in folders[:3]) + more
 
 
 def _format_of(settings: DataSource, first_rows: list[Any]) -> tuple[str, tuple[str, ...]]:

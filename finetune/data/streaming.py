@@ -97,6 +97,8 @@ class ExampleStream(IterableDataset[StreamedExample]):
         epoch_has_rows = True
         for row, position in self._rows(consumer, num_consumers, start):
             if position is None:  # an epoch has ended
+                if not num_taken and not epoch_has_rows:
+                    return  # fewer rows than loading processes: the others have them
                 if not epoch_has_rows:
                     raise DataError(
                         f"data.train: the stream has no usable row for loading process {consumer} "

@@ -135,7 +135,7 @@ class DataSource(Section):
     image_root: Text | None = None
     """Folder that image paths in the rows start from. Without it, the folder of the file."""
     weight: PositiveNumber = 1.0
-    """Times that each row is trained in an epoch. 0.5 draws another half of the rows each time."""
+    """Times that each row is trained in an epoch, or, while streaming, share in the mix."""
     streaming: bool = False
     """Read the rows while training, not before. They are checked as they come."""
 

@@ -7,6 +7,7 @@ where the folder cannot be written to, offsets stay in memory and copies go to a
 
 import atexit
 import errno
+import hashlib
 import os
 import secrets
 import shutil
@@ -14,11 +15,15 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 import numpy as np
 
+import data_formats
+from finetune import __version__
+from finetune.data.containers.cleaning import clean_once, note_use
 from finetune.data.containers.files import FileStamp, shown_path
 from finetune.errors import DataError
 
@@ -76,7 +81,11 @@ def load_index(data: FileStamp, cache: Path) -> RowIndex | None:
         and bool((starts <= stops).all())
         and bool((stops[:-1] <= starts[1:]).all())
     )
-    return RowIndex(spans, file) if orderly else None
+    if not orderly:
+        return None
+    if not _is_derived(data, cache):
+        note_use(data, cache)
+    return RowIndex(spans, file)
 
 
 def keep_index(data: FileStamp, cache: Path, spans: np.ndarray) -> RowIndex:
@@ -90,19 +99,37 @@ def keep_index(data: FileStamp, cache: Path, spans: np.ndarray) -> RowIndex:
             part.replace(file)
     except OSError:
         return RowIndex(spans)
+    if not _is_derived(data, cache):
+        clean_once(cache)
     return load_index(data, cache) or RowIndex(spans)
 
 
 def _index_file(data: FileStamp, cache: Path) -> Path:
-    path, cache = Path(data.path), cache.absolute()
-    # a copy's index stands beside it, to go when it goes
-    derived = path.parent.parent in (cache, _scratch.folder)
-    return path.with_name(path.name + ".npy") if derived else cache / f"{data.digest}.npy"
+    path = Path(data.path)
+    if _is_derived(data, cache):  # to go when the copy goes
+        return path.with_name(path.name + ".npy")
+    return cache.absolute() / f"{data.digest}.npy"
+
+
+def _is_derived(data: FileStamp, cache: Path) -> bool:
+    return Path(data.path).parent.parent in (cache.absolute(), _scratch.folder)
 
 
 def _header(data: FileStamp) -> np.ndarray:
-    half = int(data.digest[:15], 16)
-    return np.array([[_INDEX_MAGIC, data.size, data.mtime_ns], [half, 0, 0]], dtype=np.int64)
+    half, code = int(data.digest[:15], 16), int(code_digest()[:15], 16)
+    return np.array([[_INDEX_MAGIC, data.size, data.mtime_ns], [half, code, 0]], dtype=np.int64)
+
+
+@lru_cache(maxsize=1)
+def code_digest() -> str:
+    """A digest of the code that finds rows and makes copies: a fault mended there must not live on
+    in what is kept.
+    """
+    digest = hashlib.sha256(__version__.encode())
+    formats = Path(data_formats.__path__[0])
+    for file in (*sorted(Path(__file__).parent.glob("*.py")), formats / "coco_captions.py"):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 class Sink(Protocol):
@@ -122,6 +149,7 @@ def find_derived(source: FileStamp, cache: Path, kind: str) -> FileStamp | None:
             with suppress(DataError):
                 stamp = FileStamp.of(path)
                 if path.name.endswith(f".{kind}.{stamp.size:x}"):
+                    note_use(source, folder)
                     return stamp
     return None
 
@@ -136,6 +164,7 @@ def write_derived(
     folder = _writable(cache) / source.digest
     stem = _stem(source, kind)
     try:
+        clean_once(folder.parent)
         folder.mkdir(exist_ok=True)
         with _aside(folder / stem) as part:
             with part.open("wb") as out:
@@ -145,6 +174,7 @@ def write_derived(
                 if old.suffix != ".part" and not old.name.startswith(final.name):
                     old.unlink(missing_ok=True)
             _put_in_place(part, final)
+        note_use(source, folder.parent)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _no_room(source, folder) from error
@@ -167,7 +197,7 @@ def _put_in_place(part: Path, final: Path) -> None:
 
 
 def _stem(source: FileStamp, kind: str) -> str:
-    return f"{source.size:x}.{source.mtime_ns:x}.{kind}"
+    return f"{source.size:x}.{source.mtime_ns:x}.{code_digest()[:16]}.{kind}"
 
 
 class _BoundedSink:

@@ -20,6 +20,8 @@ class Container(ABC):
     """The path as a person standing in the current folder would write it."""
     root: Path
     """Where relative image paths start."""
+    roots: tuple[Path, ...] = ()
+    """Of parts that start at different folders: these. Then `root` is only what they share."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -47,13 +49,21 @@ class Container(ABC):
             yield self.where(number), row
 
 
+def shared_root(roots: Sequence[Path]) -> tuple[Path, tuple[Path, ...]]:
+    """The folder that holds them all, and the different ones where these are several."""
+    different = {root.resolve(): root for root in roots}
+    if len(different) == 1:
+        return roots[0], ()
+    return Path(os.path.commonpath(list(different))), tuple(different.values())
+
+
 class Concatenated(Container):
-    """Several containers, one after the other. Image paths start at the folder they share."""
+    """Several containers, one after the other."""
 
     def __init__(self, parts: Sequence[Container], shown: str):
         self.parts = list(parts)
         self.shown = shown
-        self.root = Path(os.path.commonpath([part.root.resolve() for part in parts]))
+        self.root, self.roots = shared_root([part.root for part in parts])
         self._ends = list(accumulate(len(part) for part in parts))
 
     def __len__(self) -> int:

@@ -4,7 +4,6 @@ The rows are dealt out to consumers (a rank's loading process each), so that eac
 exactly one of them, whatever their number.
 """
 
-import os
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,8 +13,9 @@ import pyarrow as pa
 from finetune.data.containers import json_text
 from finetune.data.containers.arrow import batch_rows, batch_size, not_parquet, parquet_file
 from finetune.data.containers.compressed import compression, open_plain
+from finetune.data.containers.container import shared_root
 from finetune.data.containers.delimited import read_table
-from finetune.data.containers.files import FileStamp, shown_path
+from finetune.data.containers.files import FileStamp, refuse_changed, shown_path
 from finetune.data.containers.hub import hub_shards
 from finetune.data.containers.json_rows import BOM
 from finetune.data.containers.kinds import (
@@ -60,9 +60,18 @@ class Shard(Protocol):
 class Stream:
     """Rows of shards, one after the other."""
 
-    def __init__(self, shards: Sequence[Shard], *, shown: str, root: Path, identity: list[Any]):
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        *,
+        shown: str,
+        root: Path,
+        roots: tuple[Path, ...] = (),
+        identity: list[Any],
+    ):
         self.shown = shown
         self.root = root
+        self.roots = roots
         self._shards = list(shards)
         self._identity = identity
 
@@ -139,6 +148,21 @@ class _File:
     def decode(self, entry: Any) -> Any:
         return entry
 
+    def refuse_changed(self) -> None:
+        """Raise `DataError` where the file is no longer the one that the stream was opened on: its
+        rows would be others than those already passed over or dealt out.
+        """
+        try:
+            refuse_changed(self.stamp, self.path.stat())
+        except FileNotFoundError:
+            return  # what is open is still read; what is not says so when it is opened
+        except OSError as error:
+            raise DataError(
+                f"{self.shown}: cannot be read ({error.strerror}); check its permissions"
+            ) from error
+        except DataError as error:
+            raise DataError(f"{self.shown}: {error}") from error
+
 
 class LinesShard(_File):
     """JSON Lines, plain or compressed."""
@@ -146,6 +170,7 @@ class LinesShard(_File):
     def entries(self, first: int, step: int) -> Generator[tuple[str, Any], None, int]:
         row, line_number = 0, 0
         with open_plain(self.path) as file:
+            self.refuse_changed()
             while text := file.readline(json_text.MAX_ROW_BYTES + 1):
                 line_number += 1
                 if line_number == 1:
@@ -162,6 +187,7 @@ class LinesShard(_File):
                     where = f"{self.shown}:{line_number}"
                     yield where, text if num_bytes == len(text) else _too_long(num_bytes)
                 row += 1
+        self.refuse_changed()
         return row
 
     def decode(self, entry: Any) -> Any:
@@ -182,11 +208,13 @@ class TableShard(_File):
     def entries(self, first: int, step: int) -> Generator[tuple[str, Any], None, int]:
         row = 0
         with open_plain(self.path) as file:
+            self.refuse_changed()
             table = read_table(file, self.shown, tabs=suffix_of(self.path) == ".tsv")
             for line_number, record in table:
                 if row >= first and (row - first) % step == 0:
                     yield f"{self.shown}:{line_number}", record
                 row += 1
+        self.refuse_changed()
         return row
 
 
@@ -194,10 +222,12 @@ class ParquetShard(_File):
     """Parquet, a row group after the other."""
 
     def num_rows(self) -> int | None:
+        self.refuse_changed()
         with parquet_file(self.path, self.shown) as file:
             return file.metadata.num_rows
 
     def entries(self, first: int, step: int) -> Generator[tuple[str, Any], None, int]:
+        self.refuse_changed()
         with parquet_file(self.path, self.shown) as file:
             begin, size = 0, batch_size(file)
             for group in range(file.num_row_groups):
@@ -212,7 +242,9 @@ class ParquetShard(_File):
                             yield f"{self.shown}:{begin + k + 1}", batch.slice(k, 1)
                         begin += batch.num_rows
                 except (OSError, pa.ArrowException) as error:
+                    self.refuse_changed()
                     raise not_parquet(self.shown, error) from error
+        self.refuse_changed()
         return begin
 
     def decode(self, entry: Any) -> Any:
@@ -226,6 +258,7 @@ class TarFile(_File):
     """A tar archive; its members are looked up when its turn comes."""
 
     def entries(self, first: int, step: int) -> Generator[tuple[str, Any], None, int]:
+        self.refuse_changed()
         samples = list_samples(self.stamp, self.shown)
         for sample in samples[first::step]:
             yield f"{self.shown}:{sample['key']}", sample
@@ -269,12 +302,12 @@ def open_stream(path: Path) -> Stream:
     else:
         paths = [path]
     shards = [_shard(file) for file in paths]
+    root, roots = shared_root([file.parent for file in paths])
     return Stream(
         shards,
         shown=shown_path(path),
-        root=Path(os.path.commonpath([file.parent.resolve() for file in paths]))
-        if len(paths) > 1
-        else paths[0].parent,
+        root=root,
+        roots=roots,
         identity=[shard.stamp.as_list() for shard in shards],
     )
 
