@@ -114,7 +114,7 @@ def decode(files: list[str]) -> None:
     """Pillow alone."""
     for file in files:
         with Image.open(file) as image:
-            image.convert("RGB")
+            image.load()
 
 
 def decode_on_all_cores(files: list[str]) -> float:

@@ -318,7 +318,7 @@ def _block_size(num_rows: int) -> int:
     """Rows a task: few enough that no process waits long for the last one, many enough that the
     hand-over costs nothing beside them.
     """
-    return min(max(num_rows // 400, 4), 256)
+    return min(max(num_rows // 400, 8), 256)
 
 
 def _blocks_of(rows: Iterator[Any], size: int) -> Iterator[list[Any]]:
