@@ -127,7 +127,7 @@ def histogram(values: np.ndarray) -> Histogram:
 def find_duplicates(
     train: Examination, held_out: Examination, place: Callable[[int], str]
 ) -> Duplicates:
-    """Held-out rows against training rows, by the pixels of their pictures and by their
+    """Held-out rows against training rows, by the files of their pictures and by their
     questions; `place` gives the `where` of a held-out row.
 
     Rows without a picture count as alike in pictures where their questions are.
