@@ -84,7 +84,7 @@ def dry_run_table(recipe: Recipe, train: PreparedRows, num_held_out: int) -> Tab
     per_epoch = math.ceil(batches / training.gradient_accumulation)
     steps = training.max_steps or math.ceil((training.epochs or 1) * per_epoch)
     longest = int(train.counts["num_tokens"].argmax())
-    counts = train.counts[longest]
+    tokens, views = (int(train.counts[longest][key]) for key in ("num_tokens", "num_views"))
     for name, value in (
         ("model", recipe.model.name),
         ("train rows", f"{len(train.rows):,}"),
@@ -92,7 +92,7 @@ def dry_run_table(recipe: Recipe, train: PreparedRows, num_held_out: int) -> Tab
         ("held-out rows", f"{num_held_out:,}"),
         ("rows per step", f"{training.batch_size * training.gradient_accumulation:,} per device"),
         ("steps", f"{steps:,} on one device"),
-        ("longest row", f"{counts['num_tokens']:,} tokens, {counts['num_views']} views"),
+        ("longest row", f"{counted(tokens, 'token')}, {counted(views, 'view')}"),
         ("its place", train.rows[longest].where),
         ("run directory", recipe.output.dir),
     ):
