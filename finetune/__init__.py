@@ -9,6 +9,7 @@ on that line, and from any line above it in this list; never from a line below.
     recipe.copying
     recipe  recipe.docs  rundir
     data  data.signatures  data.truncation  data.pdf  data.downloads  data.images
+    data.views
     families.family  families.idefics2  families
     data.render  data.shorten
     data.containers.files  data.containers.cleaning  data.containers.json_text

@@ -23,7 +23,7 @@ from PIL import Image
 
 from finetune import __version__
 from finetune.data.examples import Example, Fitted
-from finetune.data.images import Box, View, quarters
+from finetune.data.views import Box, View, quarters
 from finetune.errors import RunDirError
 from finetune.recipe import ImagesSection
 from finetune.rundir import write_text

@@ -26,15 +26,13 @@ from transformers.models.idefics2.image_processing_pil_idefics2 import (
 
 from finetune.data.images import (
     ImageAccess,
-    cut_view,
     decode_image,
     load_image,
     page_of,
-    plan_views,
     read_image_file,
-    resize_to_fit,
     to_rgb,
 )
+from finetune.data.views import cut_view, plan_views, resize_to_fit
 from finetune.errors import DataError
 
 EDGES = {"shortest_edge_px": 378, "longest_edge_px": 980}

@@ -18,8 +18,8 @@ from PIL import Image as PilImage
 
 from data_formats.chat import Conversation, parse_chat
 from finetune.data.examples import Example, Fitted
-from finetune.data.images import View, cut_view, plan_views
 from finetune.data.render import Renderer
+from finetune.data.views import View, cut_view, plan_views
 from finetune.errors import RunDirError
 from finetune.families import FAMILIES
 from finetune.preview_page import (

@@ -13,18 +13,11 @@ from PIL import Image
 from xxhash import xxh3_64_intdigest
 
 from data_formats.chat import Conversation
-from finetune.data.images import (
-    View,
-    cut_view,
-    decode_image,
-    load_image,
-    page_of,
-    plan_views,
-    read_image_file,
-)
+from finetune.data.images import decode_image, load_image, page_of, read_image_file
 from finetune.data.render import Rendered, Renderer
 from finetune.data.shorten import Shortened, with_fewer_views, without_oldest_exchanges
 from finetune.data.sources import Row
+from finetune.data.views import View, cut_view, plan_views
 from finetune.errors import DataError
 from finetune.families.family import Family
 from finetune.recipe import DataSection, ImagesSection

@@ -1,10 +1,4 @@
-"""Images: decoding, the geometry of views, and the views' pixels.
-
-A *view* is a rectangle of the image at the size in which the vision tower sees it. The geometry is
-integers in, integers out, so that tokens can be counted from an image's header alone.
-
-Shape letters: C channels (3), H height, W width, all in pixels.
-"""
+"""Images: where a row's pictures are found, and decoding them without a surprise."""
 
 import base64
 import binascii
@@ -18,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
@@ -31,8 +24,6 @@ from finetune.data.truncation import CutShortError, largest_part, refuse_cut_sho
 from finetune.errors import DataError
 
 MAX_FILE_MIB = 512
-
-Box = tuple[int, int, int, int]  # left, upper, right, lower, in pixels of the upright image
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,100 +43,6 @@ class ImageAccess:
     url_cache: Path | None = None
     pdf_dpi: int = 144
     folders: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """Which part of the image, and the size it is brought to."""
-
-    box: Box
-    width_px: int
-    height_px: int
-
-
-def resize_to_fit(
-    width_px: int, height_px: int, *, shortest_edge_px: int, longest_edge_px: int
-) -> tuple[int, int]:
-    """The size Idefics2 sees: the long edge brought down to its limit, then each edge up to the
-    short one.
-
-    The second step may bend the aspect ratio of very long images (100 x 5000 becomes 378 x 980), as
-    the model was trained. The divisions are the library's own floating-point ones: exact integers
-    would differ by a pixel at times. Source: transformers v5.23,
-    idefics2/image_processing_pil_idefics2.py, get_resize_output_image_size.
-    """
-    aspect_ratio = width_px / height_px
-    if width_px >= height_px and width_px > longest_edge_px:
-        width_px, height_px = longest_edge_px, int(longest_edge_px / aspect_ratio)
-    elif height_px > width_px and height_px > longest_edge_px:
-        width_px, height_px = int(longest_edge_px * aspect_ratio), longest_edge_px
-    return max(width_px, shortest_edge_px), max(height_px, shortest_edge_px)
-
-
-def quarters(width_px: int, height_px: int) -> list[Box]:
-    """The four quarter crops in reading order; with odd sizes the right and lower ones take the
-    extra pixel.
-
-    Source: transformers v5.23, idefics2/image_processing_pil_idefics2.py, split_images.
-    """
-    middle_x, middle_y = width_px // 2, height_px // 2
-    return [
-        (0, 0, middle_x, middle_y),
-        (middle_x, 0, width_px, middle_y),
-        (0, middle_y, middle_x, height_px),
-        (middle_x, middle_y, width_px, height_px),
-    ]
-
-
-def plan_views(
-    width_px: int,
-    height_px: int,
-    *,
-    split: Literal["always", "never", "auto"],
-    shortest_edge_px: int,
-    longest_edge_px: int,
-) -> list[View]:
-    """The views of an image in the order in which the model reads them: the quarters, if split,
-    then the whole.
-
-    `auto` splits only where the whole view would lose pixels, that is, where an edge is above
-    `longest_edge_px`. Raises `DataError` for an image of one pixel's width or height that would be
-    split.
-    """
-    whole = (0, 0, width_px, height_px)
-    is_split = split == "always" or (split == "auto" and max(width_px, height_px) > longest_edge_px)
-    if is_split and min(width_px, height_px) < 2:
-        raise DataError(
-            f"is {width_px} x {height_px} pixels, too small to be split in four; "
-            "leave it out, or set images.split: never"
-        )
-    boxes = [*quarters(width_px, height_px), whole] if is_split else [whole]
-    views = []
-    for box in boxes:
-        left, upper, right, lower = box
-        width, height = resize_to_fit(
-            right - left,
-            lower - upper,
-            shortest_edge_px=shortest_edge_px,
-            longest_edge_px=longest_edge_px,
-        )
-        views.append(View(box, width, height))
-    return views
-
-
-def cut_view(
-    image: Image.Image, view: View, resample: Image.Resampling = Image.Resampling.BILINEAR
-) -> np.ndarray:
-    """The pixels of one view of an RGB image, uint8 [C, H, W].
-
-    The crop comes first: resizing with a box would let pixels from outside the crop bleed in at its
-    edges.
-    """
-    whole = view.box == (0, 0, *image.size)
-    with _own_pillow_settings():  # a crop, too, is held against the limit of the process
-        crop = image if whole else image.crop(view.box)
-    resized = crop.resize((view.width_px, view.height_px), resample)
-    return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
 
 
 def load_image(source: str | bytes, access: ImageAccess) -> Image.Image:
@@ -221,7 +118,7 @@ def _decode(data: bytes, found: str, max_megapixels: float) -> Image.Image:
             raise DataError(f"is {found}, which this Pillow cannot read; convert it to PNG or JPEG")
     _refuse_too_large(largest_part(data, found), max_megapixels)
     refuse_cut_short(data, found)
-    with _own_pillow_settings():
+    with own_pillow_settings():
         try:
             with Image.open(io.BytesIO(data), formats=(found,)) as opened:
                 _refuse_too_large(opened.size, max_megapixels)
@@ -280,7 +177,10 @@ if hasattr(os, "register_at_fork"):  # not on Windows
 
 
 @contextlib.contextmanager
-def _own_pillow_settings() -> Iterator[None]:
+def own_pillow_settings() -> Iterator[None]:
+    """Pillow's process-wide settings are ours within, whatever other libraries have set, and given
+    back after.
+    """
     _settings.enter()
     try:
         yield
