@@ -51,18 +51,18 @@ class Reader:
         self.settings = settings
         self.access = access
         self.format_name, self.same_as = _format_of(settings, first_rows)
-        columns = settings.columns.model_dump(exclude_none=True) if settings.columns else None
-        self._convert: Callable[[Any], Conversation] = converter(
-            self.format_name, columns=columns, question=settings.question
-        )
+        self._convert = self._converter()
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key != "_convert"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+        self._convert = self._converter()
+
+    def _converter(self) -> Callable[[Any], Conversation]:
         columns = self.settings.columns
-        self._convert = converter(
+        return converter(
             self.format_name,
             columns=columns.model_dump(exclude_none=True) if columns else None,
             question=self.settings.question,
