@@ -33,12 +33,13 @@ from finetune.data.examined import examine_once, folder_for_this_command
 from finetune.data.examples import Encoder
 from finetune.data.sources import Rows, Source, StreamSource
 from finetune.errors import RunDirError
-from finetune.model.load import load_config, load_processor, quiet_libraries
+from finetune.model.load import quiet_libraries
 from finetune.preparation import (
     PreparedRows,
     cache_of,
     carve,
     counted,
+    load_encoder,
     open_sources,
     open_streams,
     progress,
@@ -118,9 +119,8 @@ def check(
     quiet_libraries()
     for warning in recipe_warnings(recipe):
         console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
-    _, family = load_config(recipe.model)
-    processor = load_processor(recipe.model, recipe.images)
-    encoder = Encoder.of_recipe(processor, family, recipe.images, recipe.data)
+    encoder = load_encoder(recipe, console)
+    recipe = recipe.model_copy(update={"images": encoder.images})
     folder = _folder(out or Path(recipe.output.dir.rstrip("/") + "-check"))
     cache = cache_of(recipe.output.dir)
     start = time.perf_counter()

@@ -329,5 +329,7 @@ def read_with(recipe: Recipe) -> list[tuple[str, str]]:
         "data.eval_fraction": data.eval_fraction,
     }
     return [
-        (key, value if isinstance(value, str) else f"{value:,g}") for key, value in settings.items()
+        (key, value if isinstance(value, str) else f"{value:,g}")
+        for key, value in settings.items()
+        if value is not None
     ]

@@ -4,12 +4,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from finetune.data.examples import Encoder
 from finetune.errors import DataError
 from finetune.judging import Judgement, judge
 from finetune.model.adapters import load_adapter
-from finetune.model.load import best_device, load_model, load_processor, quiet_libraries
-from finetune.preparation import cache_of, prepare_held_out
+from finetune.model.load import best_device, load_model, quiet_libraries
+from finetune.preparation import cache_of, load_encoder, prepare_held_out
 from finetune.recipe import load_recipe
 from finetune.report import write_report
 from finetune.rundir import open_run_dir, read_json, write_json
@@ -31,10 +30,9 @@ def evaluate(path: str | Path, *, console: Console | None = None) -> Judgement:
             f"{run.recipe}: data.eval is empty, so there is nothing to judge on; name held-out "
             "rows there"
         )
-    base, family = load_model(recipe.model)
+    base, _ = load_model(recipe.model)
     model = load_adapter(base, run.adapter, recipe).to(best_device())
-    processor = load_processor(recipe.model, recipe.images)
-    encoder = Encoder.of_recipe(processor, family, recipe.images, recipe.data)
+    encoder = load_encoder(recipe, console)
     held_out = prepare_held_out(recipe, encoder, cache_of(run.path), console)
     assert held_out
     known = read_json(run.environment).get("rows_sha256") if run.environment.is_file() else None

@@ -26,6 +26,7 @@ from finetune.data.examples import Encoder
 from finetune.data.sampling import hold_out
 from finetune.data.sources import Rows, Source, StreamSource, open_source, open_stream_source
 from finetune.errors import DataError, summarise_problems
+from finetune.model.load import load_config, load_processor
 from finetune.recipe import DataSection, DataSource, Recipe
 from finetune.rundir import RunDir, write_jsonl
 
@@ -47,6 +48,25 @@ class PreparedRows:
         """Number of rows and weight of each source."""
         weights = [source.reader.settings.weight for source in self.rows.sources]
         return list(zip(self.rows.num_of_sources(), weights, strict=True))
+
+
+def load_encoder(recipe: Recipe, console: Console) -> Encoder:
+    """What turns rows into examples for the recipe's model; its `images` are the recipe's, with the
+    checkpoint's own where the recipe leaves them open.
+
+    Warns of image settings that the model has no use for. Raises `ModelError`.
+    """
+    _, family = load_config(recipe.model)
+    processor, images = load_processor(recipe.model, recipe.images)
+    for key in type(images).model_fields:
+        if getattr(recipe.images, key) is not None and getattr(images, key) is None:
+            console.print(
+                f"warning: images.{key} has no effect on {family.name}: its views have a fixed "
+                "size",
+                style="yellow",
+                soft_wrap=True,
+            )
+    return Encoder.of_recipe(processor, family, images, recipe.data)
 
 
 def cache_of(folder: str | Path) -> Path:

@@ -12,8 +12,14 @@ from rich.console import Console
 from finetune.data.examples import Encoder
 from finetune.data.sources import Row, Rows
 from finetune.errors import DataError
-from finetune.model.load import load_config, load_processor, quiet_libraries
-from finetune.preparation import cache_of, open_sources, open_streams, prepare_held_out
+from finetune.model.load import quiet_libraries
+from finetune.preparation import (
+    cache_of,
+    load_encoder,
+    open_sources,
+    open_streams,
+    prepare_held_out,
+)
 from finetune.preview_page import PreviewRow, preview_row, refuse_other_than_page, write_preview
 from finetune.recipe import Recipe
 from finetune.tables import messages_console
@@ -28,11 +34,11 @@ class Preview:
     rows: list[PreviewRow]
     problems: list[tuple[str, str]]
     num_rows_in_all: int | None
-    processor: Any
+    encoder: Encoder
 
     def to_json(self) -> list[dict[str, Any]]:
         """What `--json` prints, a line a row."""
-        return [preview_row(row.example, self.processor) for row in self.rows]
+        return [preview_row(row.example, self.encoder.processor) for row in self.rows]
 
 
 def preview(
@@ -53,9 +59,7 @@ def preview(
     quiet_libraries()
     if held_out and not recipe.data.eval and not recipe.data.eval_fraction:
         raise DataError("nothing is held out; leave --held-out out, or set data.eval_fraction: 0.1")
-    _, family = load_config(recipe.model)
-    processor = load_processor(recipe.model, recipe.images)
-    encoder = Encoder.of_recipe(processor, family, recipe.images, recipe.data)
+    encoder = load_encoder(recipe, console)
     read, total = _read(recipe, encoder, num_rows, chosen, seed, held_out, console)
     rows, problems = [], []
     for where, row in read:
@@ -65,7 +69,7 @@ def preview(
             rows.append(PreviewRow.of_fitted(*encoder.encode_fitted(row)))
         except DataError as error:
             problems.append((where, str(error)))
-    return Preview(rows, problems, total, processor)
+    return Preview(rows, problems, total, encoder)
 
 
 def write_page(shown: Preview, recipe: Recipe, title: str, out: Path) -> Path:
@@ -73,11 +77,11 @@ def write_page(shown: Preview, recipe: Recipe, title: str, out: Path) -> Path:
     refuse_other_than_page(out)
     return write_preview(
         shown.rows,
-        shown.processor,
+        shown.encoder.processor,
         out,
         title=title,
         model=recipe.model.name,
-        images=recipe.images,
+        images=shown.encoder.images,
         num_rows=shown.num_rows_in_all,
         problems=shown.problems,
     )

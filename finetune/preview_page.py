@@ -23,7 +23,7 @@ from PIL import Image
 
 from finetune import __version__
 from finetune.data.examples import Example, Fitted
-from finetune.data.views import Box, View, quarters
+from finetune.data.views import ImagePlan, Size
 from finetune.errors import RunDirError
 from finetune.recipe import ImagesSection
 from finetune.rundir import write_text
@@ -45,12 +45,8 @@ class PreviewImage:
     """A picture of a row: what messages call it, and how it is cut into views."""
 
     name: str
-    views: Sequence[View]
-
-    @property
-    def size_px(self) -> tuple[int, int]:
-        """Width and height of the upright picture, which the views cover."""
-        return max(view.box[2] for view in self.views), max(view.box[3] for view in self.views)
+    size_px: Size
+    plan: ImagePlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +61,8 @@ class PreviewRow:
     @classmethod
     def of_fitted(cls, example: Example, fitted: Fitted) -> "PreviewRow":
         """The row from what `Encoder.encode_fitted` gives."""
-        parts = zip(fitted.conversation.images(), fitted.plans, strict=True)
-        images = [PreviewImage(_name(part.source), plan) for part, plan in parts]
+        parts = zip(fitted.conversation.images(), fitted.sizes_px, fitted.plans, strict=True)
+        images = [PreviewImage(_name(part.source), size, plan) for part, size, plan in parts]
         return cls(example, images, fitted.change)
 
 
@@ -196,14 +192,13 @@ def _data_uri(kind: str, content: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
-def place_in_picture(box: Box, width_px: int, height_px: int) -> str:
-    """Which part of a picture a view shows, in words."""
-    if box == (0, 0, width_px, height_px):
+def place_in_picture(plan: ImagePlan, number: int) -> str:
+    """Which part of its picture a view shows, in words; views are numbered from 0."""
+    if number >= plan.rows * plan.cols:
         return "whole"
-    if min(width_px, height_px) > 1 and box in (boxes := quarters(width_px, height_px)):
-        return QUARTERS[boxes.index(box)]
-    left, upper, right, lower = box
-    return f"{left} to {right} px across, {upper} to {lower} px down"
+    if (plan.rows, plan.cols) == (2, 2):
+        return QUARTERS[number]
+    return f"row {number // plan.cols + 1}, column {number % plan.cols + 1}"
 
 
 # The text.
@@ -371,9 +366,9 @@ def make_cards(rows: Sequence[PreviewRow], processor: Any) -> list[Card]:
 
 def _shown_views(row: PreviewRow, embedded: Sequence[tuple[str, int | None]]) -> list[ShownView]:
     planned = [
-        (i, number, place_in_picture(view.box, *image.size_px))
+        (i, number + 1, place_in_picture(image.plan, number))
         for i, image in enumerate(row.images, start=1)
-        for number, view in enumerate(image.views, start=1)
+        for number in range(len(image.plan.views))
     ]
     return [
         ShownView(uri, quality, order, image, number, place, pixels.shape[2], pixels.shape[1])

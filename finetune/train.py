@@ -27,14 +27,13 @@ from finetune.judging import Judgement, judge
 from finetune.model.adapters import add_adapter, count_parameters, save_adapter
 from finetune.model.load import (
     best_device,
-    load_config,
     load_model,
-    load_processor,
     quiet_libraries,
 )
 from finetune.preparation import (
     PreparedRows,
     cache_of,
+    load_encoder,
     open_streams,
     prepare_held_out,
     prepare_rows,
@@ -124,6 +123,7 @@ def train(
     if not dry_run:
         check_run_dir(recipe.output.dir, resume=resume, overwrite=overwrite)
     prepared = prepare(recipe, console)
+    recipe = prepared.recipe
     if dry_run:
         if prepared.train:
             results.print(dry_run_table(recipe, prepared.train, prepared.num_held_out))
@@ -151,9 +151,8 @@ def train(
 
 def prepare(recipe: Recipe, console: Console) -> Prepared:
     """Read and examine all rows with the model's own processor."""
-    _, family = load_config(recipe.model)
-    processor = load_processor(recipe.model, recipe.images)
-    encoder = Encoder.of_recipe(processor, family, recipe.images, recipe.data)
+    encoder = load_encoder(recipe, console)
+    recipe = recipe.model_copy(update={"images": encoder.images})
     cache = cache_of(recipe.output.dir)
     if any(source.streaming for source in recipe.data.train):
         streams = open_streams(recipe, cache, console)

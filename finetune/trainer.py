@@ -84,7 +84,7 @@ class VisionSFTTrainer(SFTTrainer):
         return DataLoader(
             self.stream,
             batch_size=self.args.per_device_train_batch_size,
-            collate_fn=StreamCollator(self.processing_class),
+            collate_fn=StreamCollator(self.stream.encoder),
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
         )

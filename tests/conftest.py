@@ -29,7 +29,7 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def nano_processor() -> Any:
-    return load_processor(NANO, NANO_IMAGES)
+    return load_processor(NANO, NANO_IMAGES)[0]
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def encoder(nano_processor: Any) -> Encoder:
 @pytest.fixture(scope="session")
 def idefics2_processor() -> Any:
     """Idefics2's processor with its real vocabulary of 32,003 pieces, built without a download."""
-    from tests.idefics2 import build_processor
+    from tests.models.idefics2 import build_processor
 
     return build_processor()
 

@@ -18,14 +18,14 @@ from finetune.model.adapters import (
 from finetune.model.load import load_model
 from finetune.recipe import AdapterSection, ModelSection
 from tests.conftest import chat_row
-from tests.idefics2 import build_meta_model
+from tests.models.idefics2 import build_meta_model
 
 IDEFICS2 = FAMILIES["idefics2"]
 
 
-def part_of(family: Family, name: str) -> str | None:
+def part_of(family: Family, config: Any, name: str) -> str | None:
     """The part under whose prefixes a parameter stands."""
-    for part, facts in family.parts.items():
+    for part, facts in family.parts_of(config).items():
         if any(name.startswith(prefix + ".") for prefix in facts.prefixes):
             return part
     return None
@@ -59,7 +59,7 @@ def test_idefics2_8b_has_the_published_number_of_trainable_parameters(
 def test_a_parts_pattern_leaves_the_other_parts_alone(nano_model: Any, part: Any) -> None:
     adapted = add_adapter(nano_model, IDEFICS2, adapter(parts=(part,)), "nano")
     trained = {
-        part_of(IDEFICS2, name.removeprefix("base_model.model."))
+        part_of(IDEFICS2, nano_model.config, name.removeprefix("base_model.model."))
         for name, parameter in adapted.named_parameters()
         if parameter.requires_grad
     }
@@ -69,6 +69,7 @@ def test_a_parts_pattern_leaves_the_other_parts_alone(nano_model: Any, part: Any
 def test_a_part_that_matches_nothing_is_refused() -> None:
     bare = torch.nn.Module()
     bare.add_module("model", torch.nn.Linear(2, 2))
+    bare.config = None  # type: ignore[assignment]
     with pytest.raises(ModelError, match="no linear layer of it matches 'language'"):
         add_adapter(bare, IDEFICS2, adapter(), "it")
 
@@ -87,7 +88,7 @@ def batch(encoder: Encoder, picture: Any, tmp_path: Any) -> dict[str, torch.Tens
 
     picture(112, 56).save(tmp_path / "a.png")
     row = Row("rows.jsonl:1", parse_chat(chat_row("What?", "A1", "a.png")), ImageAccess(tmp_path))
-    return collate([encoder.encode(row)] * 2, encoder.processor)
+    return collate([encoder.encode(row)] * 2, encoder.processor, encoder.family)
 
 
 def lora_gradients(

@@ -56,8 +56,10 @@ def test_a_batch_gives_each_row_the_loss_it_has_alone(
     try:
         encoder = Encoder(nano_processor, FAMILIES["idefics2"], images)
         examples = [encoder.encode(row) for row in rows]
-        together = collate(examples, nano_processor, padding_side=padding_side)
-        alone = [collate([example], nano_processor) for example in examples]
+        together = collate(
+            examples, nano_processor, FAMILIES["idefics2"], padding_side=padding_side
+        )
+        alone = [collate([example], nano_processor, FAMILIES["idefics2"]) for example in examples]
     finally:
         nano_processor.image_processor.do_image_splitting = False
     nano_model.eval()
@@ -68,7 +70,9 @@ def test_a_batch_gives_each_row_the_loss_it_has_alone(
 def test_tensors_are_the_processors(encoder: Encoder, rows: list[Row]) -> None:
     """One batch of rows with images, against the library's processor on the same pictures."""
     processor, chosen = encoder.processor, [rows[0], rows[2], rows[3]]
-    ours = collate([encoder.encode(row) for row in chosen], processor, padding_side="left")
+    ours = collate(
+        [encoder.encode(row) for row in chosen], processor, encoder.family, padding_side="left"
+    )
     messages, pictures = [], []
     for row in chosen:
         user, assistant = row.conversation.messages
@@ -94,7 +98,7 @@ def test_tensors_are_the_processors(encoder: Encoder, rows: list[Row]) -> None:
 
 def test_labels_are_the_learnt_ids_and_nothing_else(encoder: Encoder, rows: list[Row]) -> None:
     example = encoder.encode(rows[0])
-    labels = collate([example], encoder.processor)["labels"][0].tolist()
+    labels = collate([example], encoder.processor, encoder.family)["labels"][0].tolist()
     expected = [
         token if learnt else IGNORED_LABEL
         for token, learnt in zip(example.input_ids, example.loss_mask, strict=True)
@@ -104,17 +108,17 @@ def test_labels_are_the_learnt_ids_and_nothing_else(encoder: Encoder, rows: list
 
 
 def test_a_text_only_batch_has_no_pixels(encoder: Encoder, rows: list[Row]) -> None:
-    batch = collate([encoder.encode(rows[1])] * 2, encoder.processor)
+    batch = collate([encoder.encode(rows[1])] * 2, encoder.processor, encoder.family)
     assert "pixel_values" not in batch
 
 
 def test_image_tokens_that_do_not_match_the_views_name_the_row(encoder: Encoder) -> None:
     token = encoder.processor.image_token_id
-    short = Example(
-        "data/train.jsonl:7", [1, token, 5], [False] * 3, [np.zeros((3, 28, 28), np.uint8)]
-    )
+    plan = encoder.family.plan_image(28, 28, encoder.images, encoder.processor.image_processor)
+    pixels = np.zeros((3, 28, 28), np.uint8)
+    short = Example("data/train.jsonl:7", [1, token, 5], [False] * 3, [pixels], [plan])
     with pytest.raises(DataError, match=r"^data/train\.jsonl:7: 1 image tokens for 1 views"):
-        collate([short], encoder.processor)
+        collate([short], encoder.processor, encoder.family)
 
 
 def test_an_image_that_broke_after_the_check_names_its_row(

@@ -32,8 +32,10 @@ from finetune.data.images import (
     read_image_file,
     to_rgb,
 )
-from finetune.data.views import cut_view, plan_views, resize_to_fit
+from finetune.data.views import cut_views
 from finetune.errors import DataError
+from finetune.families.idefics2 import plan_image, resize_to_fit
+from finetune.recipe import ImagesSection
 
 EDGES = {"shortest_edge_px": 378, "longest_edge_px": 980}
 NANO_EDGES = {"shortest_edge_px": 28, "longest_edge_px": 224}
@@ -77,10 +79,11 @@ def test_pixels_are_the_processors(width: int, height: int, split: bool) -> None
     )
     stock = processor(image, return_tensors="np")
     mode: Literal["always", "never"] = "always" if split else "never"
-    views = plan_views(width, height, split=mode, **NANO_EDGES)
+    plan = plan_image(width, height, ImagesSection(split=mode, **NANO_EDGES))
+    views = plan.views
     assert stock["pixel_values"].shape[1] == len(views) == (5 if split else 1)
-    for n, view in enumerate(views):
-        ours = cut_view(image, view).astype(np.float32) / 255 * 2 - 1
+    for n, (view, pixels) in enumerate(zip(views, cut_views(image, plan), strict=True)):
+        ours = pixels.astype(np.float32) / 255 * 2 - 1
         mask = stock["pixel_attention_mask"][0, n].astype(bool)
         theirs = stock["pixel_values"][0, n][:, : view.height_px, : view.width_px]
         assert mask.sum() == view.height_px * view.width_px
@@ -88,20 +91,22 @@ def test_pixels_are_the_processors(width: int, height: int, split: bool) -> None
 
 
 def test_auto_splits_only_what_one_view_would_shrink() -> None:
-    assert len(plan_views(980, 700, split="auto", **EDGES)) == 1
-    assert len(plan_views(981, 700, split="auto", **EDGES)) == 5
-    assert len(plan_views(700, 981, split="auto", **EDGES)) == 5
+    assert len(plan_image(980, 700, ImagesSection(split="auto", **EDGES)).views) == 1
+    assert len(plan_image(981, 700, ImagesSection(split="auto", **EDGES)).views) == 5
+    assert len(plan_image(700, 981, ImagesSection(split="auto", **EDGES)).views) == 5
 
 
 def test_odd_sizes_are_split_without_a_lost_pixel() -> None:
-    boxes = [view.box for view in plan_views(5, 7, split="always", **NANO_EDGES)]
+    boxes = [
+        view.box for view in plan_image(5, 7, ImagesSection(split="always", **NANO_EDGES)).views
+    ]
     assert boxes == [(0, 0, 2, 3), (2, 0, 5, 3), (0, 3, 2, 7), (2, 3, 5, 7), (0, 0, 5, 7)]
 
 
 def test_an_image_too_thin_to_split_is_refused() -> None:
     with pytest.raises(DataError, match=r"1 x 50 pixels.*images\.split: never"):
-        plan_views(1, 50, split="always", **NANO_EDGES)
-    assert len(plan_views(1, 50, split="never", **NANO_EDGES)) == 1
+        plan_image(1, 50, ImagesSection(split="always", **NANO_EDGES))
+    assert len(plan_image(1, 50, ImagesSection(split="never", **NANO_EDGES)).views) == 1
 
 
 def test_exif_orientation_is_applied(tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from finetune.data.examples import Encoder
 from finetune.errors import ModelError
+from finetune.families import FAMILIES
 from finetune.model.load import load_model, load_processor, model_location
 from finetune.recipe import ImagesSection, ModelSection
 from tests.conftest import NANO, NANO_IMAGES
@@ -98,12 +100,54 @@ def test_a_model_of_another_family_is_refused_with_the_supported_ones(folder: Pa
 
 def test_views_larger_than_the_position_table_are_refused() -> None:
     with pytest.raises(ModelError, match=r"longest_edge_px: 980 is more than the 224 pixels"):
-        load_processor(NANO, ImagesSection())
+        load_processor(NANO, ImagesSection(longest_edge_px=980))
 
 
 @pytest.mark.parametrize(("split", "does"), [("always", True), ("never", False), ("auto", False)])
 def test_the_processor_is_set_to_the_recipes_images(split: Any, does: bool) -> None:
-    processor = load_processor(NANO, NANO_IMAGES.model_copy(update={"split": split}))
+    processor, _ = load_processor(NANO, NANO_IMAGES.model_copy(update={"split": split}))
     assert processor.image_processor.do_image_splitting is does
     assert dict(processor.image_processor.size)["longest_edge"] == 224
     assert dict(processor.image_processor.size)["shortest_edge"] == 28
+
+
+def test_image_settings_left_open_are_the_checkpoints_own(folder: Path) -> None:
+    file = folder / "processor_config.json"
+    settings = json.loads(file.read_text())
+    settings["image_processor"] |= {
+        "do_image_splitting": True,
+        "size": {"longest_edge": 112, "shortest_edge": 56},
+    }
+    file.write_text(json.dumps(settings))
+    processor, images = load_processor(local(folder), ImagesSection())
+    assert images == ImagesSection(split="always", longest_edge_px=112, shortest_edge_px=56)
+    processor, images = load_processor(local(folder), ImagesSection(split="never"))
+    assert images == ImagesSection(split="never", longest_edge_px=112, shortest_edge_px=56)
+    assert processor.image_processor.do_image_splitting is False
+    with pytest.raises(
+        ModelError, match=r"shortest_edge_px: 56 is more than .*longest_edge_px: 28"
+    ):
+        load_processor(local(folder), ImagesSection(longest_edge_px=28))
+    with pytest.raises(ModelError, match=r"208 is not a multiple of the patch size 14"):
+        load_processor(local(folder), ImagesSection(longest_edge_px=208))
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_weights_stored_quantised_are_refused_with_the_reason(folder: Path, method: str) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=rf"stored as {method.upper()}.*model\.quantize: nf4"):
+        load_model(local(folder))
+
+
+def test_a_base_without_a_template_is_lent_one_that_ends_in_a_token_it_knows(folder: Path) -> None:
+    """The base was never trained on <end_of_utterance>, and its head is frozen."""
+    (folder / "chat_template.jinja").unlink()
+    processor, _ = load_processor(local(folder), NANO_IMAGES)
+    content = [{"type": "image"}, {"type": "text", "text": "What?"}]
+    answer = [{"type": "text", "text": "A cat."}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+    assert processor.apply_chat_template(messages) == "User:<image>What?\nAssistant: A cat.</s>\n"
+    encoder = Encoder(processor, FAMILIES["idefics2"], NANO_IMAGES)
+    assert encoder.renderer.template.turn_end_token == "</s>"

@@ -19,9 +19,10 @@ from PIL import Image as PilImage
 from data_formats.chat import Conversation, parse_chat
 from finetune.data.examples import Example, Fitted
 from finetune.data.render import Renderer
-from finetune.data.views import View, cut_view, plan_views
+from finetune.data.views import ImagePlan, View, cut_views
 from finetune.errors import RunDirError
 from finetune.families import FAMILIES
+from finetune.families.idefics2 import plan_image
 from finetune.preview_page import (
     PreviewImage,
     PreviewRow,
@@ -61,18 +62,25 @@ def make_row(
     where: str = "data/train.jsonl:7",
     change: str = "",
 ) -> PreviewRow:
-    edges = images.model_dump(include={"shortest_edge_px", "longest_edge_px"})
-    plans = [plan_views(*picture.size, split=images.split, **edges) for picture in pictures]
+    plans = [plan_image(*picture.size, images) for picture in pictures]
     renderer = Renderer(processor, FAMILIES["idefics2"])
-    rendered = renderer.render(conversation, [len(plan) for plan in plans])
+    rendered = renderer.render(conversation, plans)
     views = [
-        cut_view(picture, view)
+        view
         for picture, plan in zip(pictures, plans, strict=True)
-        for view in plan
+        for view in cut_views(picture, plan)
     ]
     example = Example(where, rendered.input_ids, rendered.loss_mask, views)
     numbers = range(len(pictures))
-    fitted = Fitted(conversation, numbers, plans, rendered, "fewer_views" if change else "", change)
+    fitted = Fitted(
+        conversation,
+        numbers,
+        [picture.size for picture in pictures],
+        plans,
+        rendered,
+        "fewer_views" if change else "",
+        change,
+    )
     return PreviewRow.of_fitted(example, fitted)
 
 
@@ -249,16 +257,18 @@ def picture_in(uri: str) -> PilImage.Image:
 
 
 def test_views_are_named_by_their_place_in_the_picture():
-    boxes = [(0, 0, 3, 2), (3, 0, 7, 2), (0, 2, 3, 5), (3, 2, 7, 5), (0, 0, 7, 5), (1, 1, 4, 5)]
-    assert [place_in_picture(box, 7, 5) for box in boxes] == [
+    quarters = plan_image(7, 5, SPLIT)
+    assert [place_in_picture(quarters, number) for number in range(5)] == [
         "upper left quarter",
         "upper right quarter",
         "lower left quarter",
         "lower right quarter",
         "whole",
-        "1 to 4 px across, 1 to 5 px down",
     ]
-    assert place_in_picture((0, 0, 1, 9), 1, 9) == "whole"
+    assert place_in_picture(plan_image(7, 5, NANO_IMAGES), 0) == "whole"
+    tiles = ImagePlan((), rows=2, cols=3)
+    assert place_in_picture(tiles, 4) == "row 2, column 2"
+    assert place_in_picture(tiles, 6) == "whole"
 
 
 def test_views_stand_in_the_model_s_order_with_their_true_pixels(write, nano_processor: Any):
@@ -358,7 +368,9 @@ def test_a_page_without_rows_says_so(write):
 def test_an_image_given_in_the_row_itself_is_not_named_by_its_bytes(nano_processor: Any):
     conversation = talk("What?", "A7", "data:image/png;base64,AAAA")
     images = make_row(nano_processor, conversation, [noise(56, 56)]).images
-    assert images == [PreviewImage("(data URI)", [View((0, 0, 56, 56), 56, 56)])]
+    assert images == [
+        PreviewImage("(data URI)", (56, 56), ImagePlan((View((0, 0, 56, 56), 56, 56),)))
+    ]
 
 
 def test_only_a_page_is_replaced(write, tmp_path: Path):

@@ -1,3 +1,4 @@
+import copy
 import json
 from typing import Any
 
@@ -8,6 +9,7 @@ from PIL import Image as PilImage
 
 from data_formats.chat import Conversation, Image, Message, Text
 from finetune.data.render import Renderer
+from finetune.data.views import ImagePlan, View
 from finetune.errors import DataError
 from finetune.families import FAMILIES
 
@@ -59,8 +61,13 @@ def stock_ids(processor: Any, conversation: Conversation, *, generation_prompt: 
     return list(out["input_ids"][0])
 
 
-def num_views(conversation: Conversation, each: int = 1) -> list[int]:
-    return [each for _ in conversation.images()]
+def plan_of(num_views: int) -> ImagePlan:
+    tiles = 2 if num_views > 1 else 0
+    return ImagePlan((View((0, 0, 56, 56), 56, 56),) * num_views, rows=tiles, cols=tiles)
+
+
+def plans(conversation: Conversation, num_views: int = 1) -> list[ImagePlan]:
+    return [plan_of(num_views) for _ in conversation.images()]
 
 
 relaxed = settings(
@@ -76,7 +83,7 @@ def test_ids_are_the_processors_own(
     processor.image_processor.do_image_splitting = split
     try:
         ours = Renderer(processor, IDEFICS2).render(
-            conversation, num_views(conversation, 5 if split else 1)
+            conversation, plans(conversation, 5 if split else 1)
         )
         assert ours.input_ids == stock_ids(processor, conversation, generation_prompt=False)
     finally:
@@ -88,12 +95,12 @@ def test_ids_are_the_processors_own(
 def test_the_training_prefix_is_the_inference_prefix(
     processor: Any, conversation: Conversation
 ) -> None:
-    whole = Renderer(processor, IDEFICS2).render(conversation, num_views(conversation)).input_ids
+    whole = Renderer(processor, IDEFICS2).render(conversation, plans(conversation)).input_ids
     for i, message in enumerate(conversation.messages):
         if message.role != "assistant":
             continue
         before = Conversation(conversation.messages[:i])
-        prompt = Renderer(processor, IDEFICS2).render_prompt(before, num_views(before))
+        prompt = Renderer(processor, IDEFICS2).render_prompt(before, plans(before))
         assert prompt == stock_ids(processor, before, generation_prompt=True)
         assert whole[: len(prompt)] == prompt
 
@@ -103,7 +110,7 @@ def test_the_training_prefix_is_the_inference_prefix(
 def test_exactly_the_answers_and_their_turn_ends_are_learnt(
     processor: Any, conversation: Conversation
 ) -> None:
-    rendered = Renderer(processor, IDEFICS2).render(conversation, num_views(conversation))
+    rendered = Renderer(processor, IDEFICS2).render(conversation, plans(conversation))
     end = processor.tokenizer.convert_tokens_to_ids("<end_of_utterance>")
     spans: list[list[int]] = [[]]
     for token, learnt in zip(rendered.input_ids, rendered.loss_mask, strict=True):
@@ -127,7 +134,7 @@ def test_exactly_the_answers_and_their_turn_ends_are_learnt(
 @relaxed
 @given(conversation=conversations())
 def test_the_sequence_begins_with_one_bos(processor: Any, conversation: Conversation) -> None:
-    ids = Renderer(processor, IDEFICS2).render(conversation, num_views(conversation)).input_ids
+    ids = Renderer(processor, IDEFICS2).render(conversation, plans(conversation)).input_ids
     assert ids[0] == processor.tokenizer.bos_token_id
     assert ids.count(processor.tokenizer.bos_token_id) == 1
 
@@ -139,7 +146,7 @@ def test_one_exchange_reads_as_expected(nano_processor: Any) -> None:
             Message("assistant", (Text("A cat."),)),
         )
     )
-    rendered = Renderer(nano_processor, IDEFICS2).render(conversation, [1])
+    rendered = Renderer(nano_processor, IDEFICS2).render(conversation, [plan_of(1)])
     latents = "<image>" * nano_processor.image_seq_len
     assert nano_processor.tokenizer.decode(rendered.input_ids) == (
         f"<s>User:<fake_token_around_image>{latents}<fake_token_around_image> What is this?"
@@ -156,7 +163,9 @@ def test_images_that_differ_in_views_get_the_tokens_of_each(nano_processor: Any)
             Message("assistant", (Text("Same."),)),
         )
     )
-    ids = Renderer(nano_processor, IDEFICS2).render(conversation, [5, 1]).input_ids
+    ids = (
+        Renderer(nano_processor, IDEFICS2).render(conversation, [plan_of(5), plan_of(1)]).input_ids
+    )
     assert ids.count(nano_processor.image_token_id) == 6 * nano_processor.image_seq_len
     fake = nano_processor.tokenizer.convert_tokens_to_ids("<fake_token_around_image>")
     assert ids.count(fake) == 7  # adjacent views share one
@@ -169,7 +178,7 @@ def test_an_image_in_an_answer_is_shown_but_not_learnt(nano_processor: Any) -> N
             Message("assistant", (Image("a.png"), Text("Done."))),
         )
     )
-    rendered = Renderer(nano_processor, IDEFICS2).render(conversation, [1])
+    rendered = Renderer(nano_processor, IDEFICS2).render(conversation, [plan_of(1)])
     never = nano_processor.tokenizer.convert_tokens_to_ids(list(IDEFICS2.image_tokens))
     learnt = {t for t, m in zip(rendered.input_ids, rendered.loss_mask, strict=True) if m}
     assert learnt
@@ -196,10 +205,10 @@ def test_text_that_holds_a_special_token_is_refused(
 def test_many_rows_at_once_read_as_one_by_one(processor: Any, many: list[Conversation]) -> None:
     renderer = Renderer(processor, IDEFICS2)
     refused = Conversation((Message("user", (Text("</s>"),)), Message("assistant", (Text("x"),))))
-    rows = [(c, num_views(c, 5)) for c in many]
+    rows = [(c, plans(c, 5)) for c in many]
     results = renderer.render_many([*rows[:1], (refused, []), *rows[1:]])
     assert isinstance(results.pop(1), DataError)
-    assert results == [renderer.render(c, views) for c, views in rows]
+    assert results == [renderer.render(c, planned) for c, planned in rows]
 
 
 def test_a_tokenizer_left_cutting_and_padding_by_others_does_neither(nano_processor: Any) -> None:
@@ -218,14 +227,14 @@ def test_a_tokenizer_left_cutting_and_padding_by_others_does_neither(nano_proces
 
 def test_a_template_that_changes_earlier_turns_is_refused(nano_processor: Any) -> None:
     """Train and inference prefixes would differ: here a turn is written otherwise once answered."""
-    renderer = Renderer(nano_processor, IDEFICS2)
-    renderer._processor.chat_template = (
+    processor = copy.copy(nano_processor)
+    processor.chat_template = (
         "{% for m in messages %}{{ 'A' if loop.last and m.role == 'user' else 'B' }}"
         "<end_of_utterance>{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
     )
     conversation = Conversation((Message("user", (Text("q"),)), Message("assistant", (Text("a"),))))
     with pytest.raises(DataError, match="does not continue its own prompt"):
-        renderer.render(conversation, [])
+        Renderer(processor, IDEFICS2).render(conversation, [])
 
 
 def test_the_template_is_the_one_of_idefics2(nano_processor: Any) -> None:

@@ -115,9 +115,9 @@ def test_the_smallest_picture_is_unsplit_first(make_encoder: Any, row: Row) -> N
     encoder = make_encoder(whole.num_tokens - 1, "fewer_views")
     counts = counted(encoder, row)
     assert (counts.num_images, counts.num_views) == (2, 6)
-    assert counts.change == "1 of 2 split pictures shown whole only"
+    assert counts.change == "1 of 2 split pictures shown in fewer views"
     example, fitted = encoder.encode_fitted(row)
-    assert [len(plan) for plan in fitted.plans] == [5, 1]
+    assert [len(plan.views) for plan in fitted.plans] == [5, 1]
     assert (len(example.input_ids), len(example.views)) == (counts.num_tokens, 6)
 
 

@@ -156,7 +156,7 @@ def test_a_batch_tells_where_its_last_row_stood(
     make_stream: Callable[..., ExampleStream], encoder: Encoder
 ) -> None:
     items = list(islice(make_stream({"a": names("q", 5)}), 4))
-    batch = StreamCollator(encoder.processor)(items)
+    batch = StreamCollator(encoder)(items)
     assert batch["input_ids"].shape[0] == 4
     assert batch["stream"]["num_taken"] == 4
     assert Position.from_json(batch["stream"]["position"]) == items[-1].position

@@ -79,7 +79,7 @@ def test_the_logged_loss_is_the_mean_over_all_learnt_tokens(
     ours = trainer(batch_size=batch_size, gradient_accumulation=accumulation, max_steps=1)
     encoder, rows = ours.data_collator.encoder, ours.data_collator.rows[:12]  # type: ignore[union-attr]
     model, _ = load_model(NANO)
-    batch = collate([encoder.encode(row) for row in rows], encoder.processor)
+    batch = collate([encoder.encode(row) for row in rows], encoder.processor, encoder.family)
     with torch.no_grad():
         expected = model(**batch).loss  # a fresh adapter changes nothing
     ours.train()

@@ -124,6 +124,8 @@ def _key(sources: Sequence[Source], encoder: Encoder) -> str:
     depends_on += [
         processor.tokenizer.backend_tokenizer.to_str(),
         processor.chat_template,
-        processor.image_seq_len,
+        processor.image_processor.to_dict(),
+        encoder.family.name,
+        getattr(processor, "image_seq_len", None),
     ]
     return sha256(json.dumps(depends_on, default=str).encode()).hexdigest()[:32]

@@ -17,7 +17,7 @@ from finetune.data.images import decode_image, load_image, page_of, read_image_f
 from finetune.data.render import Rendered, Renderer
 from finetune.data.shorten import Shortened, with_fewer_views, without_oldest_exchanges
 from finetune.data.sources import Row
-from finetune.data.views import View, cut_view, plan_views
+from finetune.data.views import ImagePlan, Size, cut_views
 from finetune.errors import DataError
 from finetune.families.family import Family
 from finetune.recipe import DataSection, ImagesSection
@@ -33,14 +33,17 @@ class OverlongError(DataError):
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A row, ready to be put into a batch. `views` are uint8 [3, H, W], each at its own size in
-    pixels.
+    """A row, ready to be put into a batch.
+
+    `views` are those of all images, one after the other, as `plans` says: uint8 [3, H, W], each at
+    its own size in pixels.
     """
 
     where: str
     input_ids: list[int]
     loss_mask: list[bool]
     views: list[np.ndarray] = field(repr=False)
+    plans: Sequence[ImagePlan] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +69,12 @@ class RowCounts:
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """A row as it is trained: what is left of it, the plan of each image left, and its ids."""
+    """A row as it is trained: what is left of it, size and plan of each image left, and its ids."""
 
     conversation: Conversation
     image_numbers: Sequence[int]
-    plans: list[list[View]]
+    sizes_px: Sequence[Size]
+    plans: Sequence[ImagePlan]
     rendered: Rendered
     kind: str = ""
     change: str = ""
@@ -111,7 +115,8 @@ class Encoder:
         fitted = self._fit(row.conversation, [image.size for image in images])
         views = self._cut([images[i] for i in fitted.image_numbers], fitted.plans)
         rendered = fitted.rendered
-        return Example(row.where, rendered.input_ids, rendered.loss_mask, views), fitted
+        example = Example(row.where, rendered.input_ids, rendered.loss_mask, views, fitted.plans)
+        return example, fitted
 
     def encode_prompt(self, row: Row) -> Example:
         """The row up to its last answer, to be answered; nothing is learnt. Raises `DataError`."""
@@ -120,16 +125,16 @@ class Encoder:
         prompt = fitted.conversation.before_last_answer()
         num_images = sum(1 for _ in prompt.images())
         plans = fitted.plans[:num_images]
-        ids = self.renderer.render_prompt(prompt, [len(plan) for plan in plans])
+        ids = self.renderer.render_prompt(prompt, plans)
         shown = [images[i] for i in fitted.image_numbers[:num_images]]
-        return Example(row.where, ids, [False] * len(ids), self._cut(shown, plans))
+        return Example(row.where, ids, [False] * len(ids), self._cut(shown, plans), plans)
 
     def count_many(self, rows: Sequence[Row]) -> list[RowCounts | DataError]:
         """What each row costs, or why it cannot be trained; every image is decoded, so a row that
         can be counted can be trained.
         """
         results: list[RowCounts | DataError | None] = [None] * len(rows)
-        loaded: list[tuple[int, list[tuple[int, int]], tuple[int, ...], list[list[View]]]] = []
+        loaded: list[tuple[int, list[Size], tuple[int, ...], list[ImagePlan]]] = []
         for i, row in enumerate(rows):
             try:
                 sizes, keys = _measure_images(row)
@@ -137,7 +142,7 @@ class Encoder:
             except DataError as error:
                 results[i] = error
         rendered = self.renderer.render_many(
-            [(rows[i].conversation, [len(plan) for plan in plans]) for i, _, _, plans in loaded]
+            [(rows[i].conversation, plans) for i, _, _, plans in loaded]
         )
         for (i, sizes, keys, plans), each in zip(loaded, rendered, strict=True):
             try:
@@ -152,65 +157,78 @@ class Encoder:
     def _plan(
         self,
         conversation: Conversation,
-        sizes_px: Sequence[tuple[int, int]],
-        unsplit: frozenset[int] = frozenset(),
-    ) -> list[list[View]]:
-        """The views of each image. Raises `DataError`, naming the image that cannot be shown."""
+        sizes_px: Sequence[Size],
+        settings: Sequence[ImagesSection] | None = None,
+    ) -> list[ImagePlan]:
+        """The views of each image, under the settings of each, if they are not the same for all.
+        Raises `DataError`, naming the image that cannot be shown.
+        """
+        settings = settings or [self.images] * len(sizes_px)
         plans = []
-        for i, (part, size) in enumerate(zip(conversation.images(), sizes_px, strict=True)):
+        for part, size, images in zip(conversation.images(), sizes_px, settings, strict=True):
             try:
-                plan = plan_views(
-                    *size,
-                    split="never" if i in unsplit else self.images.split,
-                    shortest_edge_px=self.images.shortest_edge_px,
-                    longest_edge_px=self.images.longest_edge_px,
-                )
+                plan = self.family.plan_image(*size, images, self.processor.image_processor)
             except DataError as error:
                 name = repr(part.source) if isinstance(part.source, str) else "(bytes in the row)"
                 raise DataError(f"image {name[:80]} {error}") from error
             plans.append(plan)
         return plans
 
-    def _fit(self, conversation: Conversation, sizes_px: Sequence[tuple[int, int]]) -> Fitted:
+    def _fit(self, conversation: Conversation, sizes_px: Sequence[Size]) -> Fitted:
         plans = self._plan(conversation, sizes_px)
-        rendered = self.renderer.render(conversation, [len(plan) for plan in plans])
+        rendered = self.renderer.render(conversation, plans)
         return self._fit_rendered(conversation, sizes_px, plans, rendered)
 
     def _fit_rendered(
         self,
         conversation: Conversation,
-        sizes_px: Sequence[tuple[int, int]],
-        plans: list[list[View]],
+        sizes_px: Sequence[Size],
+        plans: list[ImagePlan],
         rendered: Rendered,
     ) -> Fitted:
         """The row as it is, or shortened until it fits. Raises `OverlongError` where it cannot."""
         if self.max_tokens is None or len(rendered.input_ids) <= self.max_tokens:
-            return Fitted(conversation, range(len(plans)), plans, rendered)
+            return Fitted(conversation, range(len(plans)), sizes_px, plans, rendered)
         for shorter in self._ways_to_shorten(conversation, sizes_px, plans):
             kept = [sizes_px[i] for i in shorter.image_numbers]
-            left = self._plan(shorter.conversation, kept, shorter.unsplit)
-            ids = self.renderer.render(shorter.conversation, [len(plan) for plan in left])
+            left = self._plan(shorter.conversation, kept, shorter.settings)
+            ids = self.renderer.render(shorter.conversation, left)
             if len(ids.input_ids) <= self.max_tokens:
                 numbers = shorter.image_numbers
                 kind, change = shorter.kind, shorter.change
-                return Fitted(shorter.conversation, numbers, left, ids, kind, change)
+                return Fitted(shorter.conversation, numbers, kept, left, ids, kind, change)
         raise OverlongError(self._too_long(len(rendered.input_ids), conversation, plans))
 
     def _ways_to_shorten(
-        self,
-        conversation: Conversation,
-        sizes_px: Sequence[tuple[int, int]],
-        plans: Sequence[Sequence[View]],
+        self, conversation: Conversation, sizes_px: Sequence[Size], plans: Sequence[ImagePlan]
     ) -> Iterator[Shortened]:
         if self.overlong == "drop_turns":
             yield from without_oldest_exchanges(conversation)
         if self.overlong == "fewer_views":
-            yield from with_fewer_views(conversation, sizes_px, [len(plan) for plan in plans])
+            yield from with_fewer_views(conversation, sizes_px, self._cheaper_settings(sizes_px))
+
+    def _cheaper_settings(self, sizes_px: Sequence[Size]) -> list[list[ImagesSection]]:
+        """For each image the settings it is planned by, then those under which it has fewer views,
+        step by step.
+        """
+        ladders = []
+        for size in sizes_px:
+            ladder, fewest = [self.images], self._num_views(size, self.images)
+            for images in self.family.cheaper_images(self.images):
+                if (num := self._num_views(size, images)) < fewest:
+                    ladder.append(images)
+                    fewest = num
+            ladders.append(ladder)
+        return ladders
+
+    def _num_views(self, size_px: Size, images: ImagesSection) -> int:
+        plan = self.family.plan_image(*size_px, images, self.processor.image_processor)
+        return len(plan.views)
 
     def _too_long(
-        self, num_tokens: int, conversation: Conversation, plans: Sequence[Sequence[View]]
+        self, num_tokens: int, conversation: Conversation, plans: Sequence[ImagePlan]
     ) -> str:
-        num_views = sum(len(plan) for plan in plans)
+        num_views = sum(len(plan.views) for plan in plans)
         views = f"{num_views:,} view{'' if num_views == 1 else 's'}"
         found = f"is too long ({num_tokens:,} > {self.max_tokens:,} tokens, {views})"
         tried = {
@@ -219,7 +237,8 @@ class Encoder:
         }
         ways = {
             "drop_turns": next(without_oldest_exchanges(conversation), None) is not None,
-            "fewer_views": num_views > len(plans),
+            "fewer_views": num_views > len(plans)
+            and next(self.family.cheaper_images(self.images), None) is not None,
         }
         others = [way for way, helps in ways.items() if helps and way != self.overlong]
         if self.overlong != "skip":
@@ -228,14 +247,12 @@ class Encoder:
         other = f", or set data.overlong: {listed}" if others else ""
         return f"{found}{tried.get(self.overlong, '')}; raise data.max_tokens{other}"
 
-    def _cut(
-        self, images: Sequence[Image.Image], plans: Sequence[Sequence[View]]
-    ) -> list[np.ndarray]:
+    def _cut(self, images: Sequence[Image.Image], plans: Sequence[ImagePlan]) -> list[np.ndarray]:
         resample = Image.Resampling(self.processor.image_processor.resample)
         return [
-            cut_view(image, view, resample)
+            view
             for image, plan in zip(images, plans, strict=True)
-            for view in plan
+            for view in cut_views(image, plan, resample)
         ]
 
 
@@ -243,7 +260,7 @@ def _load_images(row: Row) -> list[Image.Image]:
     return [load_image(part.source, row.image_access) for part in row.conversation.images()]
 
 
-def _measure_images(row: Row) -> tuple[list[tuple[int, int]], tuple[int, ...]]:
+def _measure_images(row: Row) -> tuple[list[Size], tuple[int, ...]]:
     """Size and key of each image; the pixels are let go of one image after the other."""
     sizes, keys = [], []
     for part in row.conversation.images():
@@ -266,8 +283,8 @@ def _counts(fitted: Fitted, image_keys: tuple[int, ...]) -> RowCounts:
         num_learnt_tokens=sum(mask),
         num_turns=len(messages),
         num_images=len(keys),
-        num_views=sum(map(len, fitted.plans)),
-        num_view_pixels=sum(v.width_px * v.height_px for plan in fitted.plans for v in plan),
+        num_views=sum(len(plan.views) for plan in fitted.plans),
+        num_view_pixels=sum(plan.num_pixels for plan in fitted.plans),
         row_key=xxh3_64_intdigest(seen),
         question_key=xxh3_64_intdigest(" ".join(asked).encode()),
         image_keys=keys,

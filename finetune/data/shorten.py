@@ -8,18 +8,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from data_formats.chat import Conversation, Image, Message
+from finetune.data.views import Size
+from finetune.recipe import ImagesSection
 
 
 @dataclass(frozen=True, slots=True)
 class Shortened:
-    """What is left of a conversation: which of its images, and which of them stay unsplit.
+    """What is left of a conversation: which of its images, and the settings each is shown by where
+    these are not the recipe's.
 
     `kind` counts like with like, `change` says what was done to this row.
     """
 
     conversation: Conversation
     image_numbers: tuple[int, ...]
-    unsplit: frozenset[int]
+    settings: tuple[ImagesSection, ...] | None
     kind: str
     change: str
 
@@ -45,27 +48,40 @@ def without_oldest_exchanges(conversation: Conversation) -> Iterator[Shortened]:
         yield Shortened(
             Conversation(tuple(message for message, _ in left)),
             tuple(number for _, numbers in left for number in numbers),
-            frozenset(),
+            None,
             "oldest exchanges dropped",
             f"{num_dropped} of {len(exchanges)} exchanges dropped",
         )
 
 
 def with_fewer_views(
-    conversation: Conversation, sizes_px: Sequence[tuple[int, int]], num_views: Sequence[int]
+    conversation: Conversation,
+    sizes_px: Sequence[Size],
+    ladders: Sequence[Sequence[ImagesSection]],
 ) -> Iterator[Shortened]:
-    """The conversation with one more picture unsplit each time: first the one of fewest pixels,
-    which loses least.
+    """The conversation with one more picture in fewer views each time: every picture that can goes
+    down a step before any goes down two, and of these the one of fewest pixels, which loses least.
+
+    `ladders` has the settings of each picture, its own first, then step by step cheaper ones.
     """
-    split = [i for i, views in enumerate(num_views) if views > 1]
-    split.sort(key=lambda i: (sizes_px[i][0] * sizes_px[i][1], i))
-    for count in range(1, len(split) + 1):
+    steps = sorted(
+        (step, sizes_px[i][0] * sizes_px[i][1], i)
+        for i, ladder in enumerate(ladders)
+        for step in range(1, len(ladder))
+    )
+    num_reducible = sum(len(ladder) > 1 for ladder in ladders)
+    settings = [ladder[0] for ladder in ladders]
+    for step, _, i in steps:
+        settings[i] = ladders[i][step]
+        num_reduced = sum(
+            now is not ladder[0] for now, ladder in zip(settings, ladders, strict=True)
+        )
         yield Shortened(
             conversation,
-            tuple(range(len(num_views))),
-            frozenset(split[:count]),
-            "pictures left unsplit",
-            f"{count} of {len(split)} split pictures shown whole only",
+            tuple(range(len(ladders))),
+            tuple(settings),
+            "pictures in fewer views",
+            f"{num_reduced} of {num_reducible} split pictures shown in fewer views",
         )
 
 

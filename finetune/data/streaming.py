@@ -170,8 +170,8 @@ class ExampleStream(IterableDataset[StreamedExample]):
 class StreamCollator:
     """A batch of streamed examples, with what is to be told of them under `stream`."""
 
-    def __init__(self, processor: Any):
-        self.processor = processor
+    def __init__(self, encoder: Encoder):
+        self.encoder = encoder
 
     def __call__(self, features: Sequence[StreamedExample]) -> dict[str, Any]:
         """As `collate`. `stream` holds consumer, position after the batch, findings, and the
@@ -179,7 +179,7 @@ class StreamCollator:
         """
         leave_interrupts_to_the_main_process()
         batch: dict[str, torch.Tensor | Any] = collate(
-            [feature.example for feature in features], self.processor
+            [feature.example for feature in features], self.encoder.processor, self.encoder.family
         )
         batch["stream"] = {
             "consumer": features[-1].consumer,

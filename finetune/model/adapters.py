@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from finetune.errors import ModelError, RunDirError
-from finetune.families.family import Family
+from finetune.families.family import Family, Part
 from finetune.model.load import EMBEDDED
 from finetune.recipe import AdapterSection, Recipe
 from finetune.rundir import write_json
@@ -17,16 +18,19 @@ from finetune.rundir import write_json
 IMAGE_SETTINGS = "image_settings.json"
 
 
-def target_pattern(family: Family, parts: list[str] | tuple[str, ...]) -> str:
+def target_pattern(parts: Iterable[Part]) -> str:
     """The regular expression that PEFT matches in full against module names, for the linear layers
     of these parts.
     """
-    alternatives = []
-    for part in parts:
-        facts = family.parts[part]
-        prefixes = "|".join(re.escape(prefix) for prefix in facts.prefixes)
-        alternatives.append(rf"(?:{prefixes})\.(?:.*\.)?(?:{'|'.join(facts.linears)})")
-    return "|".join(alternatives)
+    return "|".join(
+        rf"{module_pattern(part)}\.(?:.*\.)?(?:{'|'.join(part.linears)})" for part in parts
+    )
+
+
+def module_pattern(part: Part) -> str:
+    """The regular expression of the modules that a part consists of."""
+    prefixes = (re.escape(prefix).replace(r"\*", r"[^.]+") for prefix in part.prefixes)
+    return f"(?:{'|'.join(prefixes)})"
 
 
 def add_adapter(model: Any, family: Family, adapter: AdapterSection, model_name: str) -> PeftModel:
@@ -35,15 +39,16 @@ def add_adapter(model: Any, family: Family, adapter: AdapterSection, model_name:
 
     Raises `ModelError` where a part's pattern matches no linear layer.
     """
+    parts = family.parts_of(model.config)
     linears = [
         name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
     ]
     for part in adapter.parts:
-        pattern = re.compile(target_pattern(family, [part]))
+        pattern = re.compile(target_pattern([parts[part]]))
         if not any(pattern.fullmatch(name) for name in linears):
             raise ModelError(
                 f"adapter.parts: no linear layer of {model_name} matches {part!r} "
-                f"({', '.join(family.parts[part].prefixes)}); the checkpoint is laid out "
+                f"({', '.join(parts[part].prefixes)}); the checkpoint is laid out "
                 "differently"
             )
     config = LoraConfig(
@@ -52,7 +57,7 @@ def add_adapter(model: Any, family: Family, adapter: AdapterSection, model_name:
         lora_dropout=adapter.dropout,
         use_dora=adapter.method == "dora",
         use_rslora=adapter.method == "rslora",
-        target_modules=target_pattern(family, adapter.parts),
+        target_modules=target_pattern(parts[part] for part in adapter.parts),
     )
     adapted = get_peft_model(model, config)  # adapters of half-precision bases become float32 here
     return adapted  # type: ignore[return-value]  # PEFT declares its mixed model, too

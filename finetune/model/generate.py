@@ -27,14 +27,15 @@ def generate_answers(
     of the turn, and never holds an image token.
     """
     tokenizer = processor.tokenizer
-    end_ids = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(family.turn_end_token)]
+    turn_end = family.template_of(processor).turn_end_token
+    end_ids = sorted({tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(turn_end)})
     image_ids = tokenizer.convert_tokens_to_ids(list(family.image_tokens))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].input_ids))
     answers = [""] * len(prompts)
     model.eval()
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        batch = collate([prompts[i] for i in chosen], processor, padding_side="left")
+        batch = collate([prompts[i] for i in chosen], processor, family, padding_side="left")
         del batch["labels"]
         inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
         with torch.inference_mode():

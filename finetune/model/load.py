@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
 from finetune.errors import ModelError
-from finetune.families import FAMILIES
+from finetune.families import FAMILIES, family_of
 from finetune.families.family import Family
 from finetune.recipe import ImagesSection, ModelSection
 
@@ -43,47 +43,94 @@ def load_config(model: ModelSection) -> tuple[Any, Family]:
             "that this machine can "
             "reach, a local folder, or nano"
         ) from error
-    family = FAMILIES.get(config.model_type)
+    family = family_of(config)
     if family is None:
+        supported = dict.fromkeys(each.model_type for each in FAMILIES.values())
         raise ModelError(
             f"{model.name}: model_type {config.model_type!r} is not supported; expected one of "
-            f"{', '.join(FAMILIES)}"
+            f"{', '.join(supported)}"
         )
+    if reason := _quantized_for_good(config) or family.untrainable(config):
+        raise ModelError(f"{model.name}: {reason}")
     family.adjust_config(config)
     return config, family
 
 
-def load_processor(model: ModelSection, images: ImagesSection) -> Any:
-    """The processor, set to the recipe's image sizes and splitting.
+def _quantized_for_good(config: Any) -> str | None:
+    """Why a checkpoint whose weights are stored quantised cannot be trained; None where it can."""
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return None
+    settings = settings if isinstance(settings, dict) else settings.to_dict()
+    method = str(settings.get("quant_method", "unknown"))
+    if method == "bitsandbytes":
+        return None
+    return (
+        f"its weights are stored as {method.upper()}, packed integers that only serve inference: "
+        "no gradient passes through their kernels, and an adapter could not be merged into them; "
+        "train on the checkpoint it was made from, with model.quantize: nf4 for the same memory"
+    )
 
-    The settings are made on the object, because a per-call `do_image_splitting` changes the views
-    but not the number of image tokens. With `split: auto` the processor itself does not split: each
-    image decides for itself. Raises `ModelError`.
+
+def load_processor(model: ModelSection, images: ImagesSection) -> tuple[Any, ImagesSection]:
+    """The processor, set to the recipe's image settings, and these with the checkpoint's own where
+    the recipe leaves them open.
+
+    Settings that the family has no use for come out as None. Raises `ModelError`.
     """
     config, family = load_config(model)
-    edge = family.trained_edge_px(config)
-    if images.longest_edge_px > edge:
-        raise ModelError(
-            f"images.longest_edge_px: {images.longest_edge_px} is more than the {edge} pixels that "
-            "the vision tower "
-            f"of {model.name} knows positions for; set {edge} or less"
-        )
-    try:
-        processor = AutoProcessor.from_pretrained(
+
+    def load(kind: type | None) -> Any:
+        # AutoProcessor and the library's processor classes load alike
+        return cast(Any, kind or AutoProcessor).from_pretrained(
             model_location(model.name), revision=model.revision, trust_remote_code=False
         )
+
+    try:
+        processor = family.build_processor(load, config)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"{model.name}: its processor cannot be loaded: {_first_line(error)}"
         ) from error
-    if getattr(processor, "chat_template", None) is None:
-        raise ModelError(f"{model.name}: has no chat template; use a checkpoint that ships one")
-    processor.image_processor.do_image_splitting = images.split == "always"
-    processor.image_processor.size = {
-        "longest_edge": images.longest_edge_px,
-        "shortest_edge": images.shortest_edge_px,
-    }
-    return processor
+    own = family.own_images(processor)
+    resolved = ImagesSection(**{key: getattr(images, key) or value for key, value in own.items()})
+    _refuse_edges(model, resolved, family.trained_edge_px(config), config)
+    family.set_images(processor, resolved)
+    template = family.own_template
+    if not template and getattr(processor, "chat_template", None) is None:
+        template = family.lent_template
+        if not template:
+            raise ModelError(f"{model.name}: has no chat template; use a checkpoint that ships one")
+    if template:
+        processor.chat_template = template.text
+    return processor, resolved
+
+
+def _refuse_edges(
+    model: ModelSection, images: ImagesSection, trained_edge_px: int | None, config: Any
+) -> None:
+    """Raise `ModelError` for views that the vision tower was not made for."""
+    longest, shortest = images.longest_edge_px, images.shortest_edge_px
+    if longest and shortest and shortest > longest:
+        raise ModelError(
+            f"images.shortest_edge_px: {shortest} is more than images.longest_edge_px: {longest}; "
+            "both are the model's own where the recipe leaves them open"
+        )
+    if trained_edge_px is None:
+        return
+    patch = config.vision_config.patch_size
+    for key, edge in (("longest_edge_px", longest), ("shortest_edge_px", shortest)):
+        if edge and edge % patch:
+            below = edge // patch * patch
+            raise ModelError(
+                f"images.{key}: {edge} is not a multiple of the patch size {patch} of "
+                f"{model.name}; use {f'{below} or ' if below else ''}{below + patch}"
+            )
+    if longest and longest > trained_edge_px:
+        raise ModelError(
+            f"images.longest_edge_px: {longest} is more than the {trained_edge_px} pixels that "
+            f"the vision tower of {model.name} knows positions for; set {trained_edge_px} or less"
+        )
 
 
 def load_model(model: ModelSection) -> tuple[Any, Family]:
@@ -130,6 +177,7 @@ def load_model(model: ModelSection) -> tuple[Any, Family]:
             "first; "
             "use a complete checkpoint"
         )
+    family.adjust_model(loaded)
     return loaded, family
 
 

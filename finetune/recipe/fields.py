@@ -53,8 +53,9 @@ PARTS: tuple[str, ...] = get_args(Part)
 METRICS: tuple[str, ...] = get_args(Metric)
 FORMATS: tuple[str, ...] = get_args(FormatName)
 
-# Every supported family cuts its pictures into patches of 14 pixels.
-PATCH_SIZE_PX = 14
+# Supported models cut their pictures into patches of 14 pixels, SmolVLM's small ones into 16. Which
+# of the two a model takes is checked once its configuration is known.
+PATCH_SIZES_PX = (14, 16)
 
 SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT])(i?)B", re.IGNORECASE)
 
@@ -118,12 +119,11 @@ def _hub_id(text: str) -> str:
 
 
 def _on_patch_grid(edge_px: int) -> int:
-    if edge_px % PATCH_SIZE_PX:
-        below = edge_px // PATCH_SIZE_PX * PATCH_SIZE_PX
-        use = f"{below} or {below + PATCH_SIZE_PX}" if below else f"{PATCH_SIZE_PX}"
-        raise ValueError(
-            f"{edge_px} is not a multiple of the patch size {PATCH_SIZE_PX}; use {use}"
-        )
+    if all(edge_px % size for size in PATCH_SIZES_PX):
+        size = PATCH_SIZES_PX[0]
+        below = edge_px // size * size
+        use = f"{below} or {below + size}" if below else f"{size}"
+        raise ValueError(f"{edge_px} is not a multiple of the patch size {size}; use {use}")
     return edge_px
 
 
@@ -146,7 +146,9 @@ Edge = Annotated[
     int,
     Ge(1),
     AfterValidator(_on_patch_grid),
-    WithJsonSchema({"type": "integer", "minimum": PATCH_SIZE_PX, "multipleOf": PATCH_SIZE_PX}),
+    WithJsonSchema(
+        {"type": "integer", "minimum": 1, "anyOf": [{"multipleOf": n} for n in PATCH_SIZES_PX]}
+    ),
 ]
 Text = Annotated[str, AfterValidator(_printable)]
 HubId = Annotated[str, AfterValidator(_hub_id)]

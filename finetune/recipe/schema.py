@@ -69,12 +69,15 @@ class ModelSection(Section):
 class ImagesSection(Section):
     """How a picture becomes the views that the model sees, in training and after."""
 
-    split: Literal["always", "never", "auto"] = "always"
-    """Show four quarters beside the whole. auto does so only for pictures larger than one view."""
-    longest_edge_px: Edge = 980
-    """Larger pictures are scaled down until their longer edge has this many pixels."""
-    shortest_edge_px: Edge = 378
-    """Smaller pictures are scaled up until their shorter edge has this many pixels."""
+    split: Literal["always", "never", "auto"] | None = None
+    """Show parts beside the whole; auto: only of pictures larger than one view. Without it, the
+    model's own."""
+    longest_edge_px: Edge | None = None
+    """Larger pictures are scaled down until their longer edge has this many pixels. Without it, the
+    model's own."""
+    shortest_edge_px: Edge | None = None
+    """Smaller pictures are scaled up until their shorter edge has this many pixels. Without it, the
+    model's own."""
 
 
 class AdapterSection(Section):
@@ -298,7 +301,11 @@ def _conflict(text: str, *reads: str) -> Problem:
 
 def _image_conflicts(recipe: Recipe) -> Iterator[Problem]:
     images, model = recipe.images, recipe.model
-    if images.shortest_edge_px > images.longest_edge_px:
+    if (
+        images.shortest_edge_px
+        and images.longest_edge_px
+        and images.shortest_edge_px > images.longest_edge_px
+    ):
         yield _conflict(
             f"{images.shortest_edge_px} is more than "
             f"images.longest_edge_px: {images.longest_edge_px}",
