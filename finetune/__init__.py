@@ -10,7 +10,9 @@ on that line, and from any line above it in this list; never from a line below.
     recipe  recipe.docs  rundir
     data  data.signatures  data.truncation  data.pdf  data.downloads  data.images
     data.views
-    families.family  families.idefics2  families
+    families.family  families.idefics2  families.idefics3  families.smolvlm
+    families.llava  families.mantis  families.mllama  families.idefics
+    families
     data.render  data.shorten
     data.containers.files  data.containers.cleaning  data.containers.json_text
     data.containers.container
@@ -20,7 +22,7 @@ on that line, and from any line above it in this list; never from a line below.
     data.containers.kinds  data.containers.streams  data.containers.opening  data.containers
     data.sources  data.stamps  data.examples  data.examination  data.examined  data.sampling
     data.collate  data.streaming
-    model  model.load  model.adapters  model.generate
+    model  model.parts  model.quantize  model.load  model.adapters  model.generate
     metrics.text  metrics
     environment
     charts  report

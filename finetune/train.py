@@ -169,7 +169,6 @@ def refuse_what_cannot_run(recipe: Recipe, source: str) -> None:
     """
     adapter, training = recipe.adapter, recipe.training
     unbuilt = {
-        f"model.quantize: {recipe.model.quantize}": recipe.model.quantize != "none",
         f"adapter.method: {adapter.method}": adapter.method not in ("lora", "dora", "rslora"),
         "training.learning_rate by part": isinstance(training.learning_rate, dict),
         "training.packing": training.packing,
@@ -182,6 +181,8 @@ def refuse_what_cannot_run(recipe: Recipe, source: str) -> None:
     needed = {f"output.trackers: {name}": name for name in recipe.output.trackers}
     if "bnb" in training.optimizer or "paged" in training.optimizer:
         needed[f"training.optimizer: {training.optimizer}"] = "bitsandbytes"
+    if recipe.model.quantize != "none":
+        needed[f"model.quantize: {recipe.model.quantize}"] = "bitsandbytes"
     if recipe.model.attention == "flash_attention_2":
         needed["model.attention: flash_attention_2"] = "flash_attn"
     on_gpu = torch.cuda.is_available()

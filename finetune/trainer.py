@@ -69,6 +69,10 @@ class VisionSFTTrainer(SFTTrainer):
             processing_class=collator.encoder.processor,
             callbacks=list(callbacks),
         )
+        for parameter in self.model.parameters():  # type: ignore[union-attr, operator]
+            # TRL makes the adapters of a quantised base bfloat16, in which small steps are lost
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
         if stream:
             stream.rank, stream.num_ranks = self.args.process_index, self.args.world_size
         self.remove_callback(PrinterCallback)  # standard output is for results

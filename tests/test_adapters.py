@@ -18,7 +18,7 @@ from finetune.model.adapters import (
 from finetune.model.load import load_model
 from finetune.recipe import AdapterSection, ModelSection
 from tests.conftest import chat_row
-from tests.models.idefics2 import build_meta_model
+from tests.models.idefics2 import full_size
 
 IDEFICS2 = FAMILIES["idefics2"]
 
@@ -49,7 +49,7 @@ def adapter(**settings: Any) -> AdapterSection:
 def test_idefics2_8b_has_the_published_number_of_trainable_parameters(
     parts: Any, rank: int, method: Any, expected: int
 ) -> None:
-    model = build_meta_model()
+    model = full_size()
     assert count_parameters(model)[1] == 8_402_768_112
     section = adapter(parts=parts, rank=rank, method=method)
     assert count_parameters(add_adapter(model, IDEFICS2, section, "idefics2-8b"))[0] == expected

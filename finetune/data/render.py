@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from jinja2 import TemplateError
+
 from data_formats.chat import Conversation, Image, Message, Text
 from finetune.data.views import ImagePlan
 from finetune.errors import DataError
@@ -90,15 +92,22 @@ class Renderer:
         messages = _template_messages(conversation)
         if not messages and not add_generation_prompt:
             return ""
-        return self._apply_template(messages, add_generation_prompt=add_generation_prompt)
+        return self._apply_template([messages], add_generation_prompt=add_generation_prompt)[0]
 
-    def _apply_template(self, messages: list[Any], *, add_generation_prompt: bool = False) -> Any:
-        return self._processor.apply_chat_template(
-            messages,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            **self.family.template_variables,
-        )
+    def _apply_template(
+        self, conversations: list[Any], *, add_generation_prompt: bool = False
+    ) -> list[str]:
+        try:
+            return self._processor.apply_chat_template(
+                conversations,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **self.family.template_variables,
+            )
+        except TemplateError as error:
+            raise DataError(
+                f"the model's chat template refuses this order of turns: {error}"
+            ) from error
 
     def _tokenise(
         self, texts: Sequence[str], plans: Sequence[Sequence[ImagePlan]]

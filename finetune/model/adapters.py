@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,27 +9,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from finetune.errors import ModelError, RunDirError
-from finetune.families.family import Family, Part
+from finetune.families.family import Family
 from finetune.model.load import EMBEDDED
+from finetune.model.parts import target_pattern
 from finetune.recipe import AdapterSection, Recipe
 from finetune.rundir import write_json
 
 IMAGE_SETTINGS = "image_settings.json"
-
-
-def target_pattern(parts: Iterable[Part]) -> str:
-    """The regular expression that PEFT matches in full against module names, for the linear layers
-    of these parts.
-    """
-    return "|".join(
-        rf"{module_pattern(part)}\.(?:.*\.)?(?:{'|'.join(part.linears)})" for part in parts
-    )
-
-
-def module_pattern(part: Part) -> str:
-    """The regular expression of the modules that a part consists of."""
-    prefixes = (re.escape(prefix).replace(r"\*", r"[^.]+") for prefix in part.prefixes)
-    return f"(?:{'|'.join(prefixes)})"
 
 
 def add_adapter(model: Any, family: Family, adapter: AdapterSection, model_name: str) -> PeftModel:

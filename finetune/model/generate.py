@@ -29,7 +29,10 @@ def generate_answers(
     tokenizer = processor.tokenizer
     turn_end = family.template_of(processor).turn_end_token
     end_ids = sorted({tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(turn_end)})
+    # mllama's head has no row for its image token, and so cannot say it
+    head_size = model.get_output_embeddings().weight.shape[0]
     image_ids = tokenizer.convert_tokens_to_ids(list(family.image_tokens))
+    never_said = [[token] for token in image_ids if token < head_size] or None
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].input_ids))
     answers = [""] * len(prompts)
     model.eval()
@@ -45,7 +48,7 @@ def generate_answers(
                 max_new_tokens=max_new_tokens,
                 eos_token_id=end_ids,
                 pad_token_id=tokenizer.pad_token_id,
-                bad_words_ids=[[token] for token in image_ids],
+                bad_words_ids=never_said,
             )
         new_tokens = output[:, inputs["input_ids"].shape[1] :]
         texts = tokenizer.batch_decode(new_tokens, skip_special_tokens=True)

@@ -15,6 +15,11 @@ from transformers.utils import logging as transformers_logging
 from finetune.errors import ModelError
 from finetune.families import FAMILIES, family_of
 from finetune.families.family import Family
+from finetune.model.quantize import (
+    keep_weights_as_loaded,
+    quantization_config,
+    refuse_other_modules,
+)
 from finetune.recipe import ImagesSection, ModelSection
 
 EMBEDDED = "nano"
@@ -134,8 +139,8 @@ def _refuse_edges(
 
 
 def load_model(model: ModelSection) -> tuple[Any, Family]:
-    """The model in the recipe's dtype, on the CPU, with every weight from the files. Raises
-    `ModelError`.
+    """The model in the recipe's dtype with every weight from the files: on the CPU, or, quantised,
+    where it is to be used. Raises `ModelError`.
     """
     config, family = load_config(model)
     location = model_location(model.name)
@@ -153,6 +158,7 @@ def load_model(model: ModelSection) -> tuple[Any, Family]:
             revision=model.revision,
             dtype=getattr(torch, model.dtype),
             attn_implementation=None if model.attention == "auto" else model.attention,
+            quantization_config=quantization_config(model, family, config),
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -177,6 +183,9 @@ def load_model(model: ModelSection) -> tuple[Any, Family]:
             "first; "
             "use a complete checkpoint"
         )
+    if model.quantize != "none":
+        refuse_other_modules(loaded, family, model.name)
+        keep_weights_as_loaded(loaded)
     family.adjust_model(loaded)
     return loaded, family
 
@@ -195,6 +204,7 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
     logging.getLogger("trl").setLevel(logging.ERROR)
     logging.getLogger("accelerate").setLevel(logging.ERROR)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a faster kernel it did not find
 
 
 def _first_line(error: Exception) -> str:
