@@ -5,7 +5,8 @@ on that line, and from any line above it in this list; never from a line below.
 `tests/test_house.py` holds this order.
 
     errors  patterns
-    recipe.messages  recipe.syntax  recipe.files  recipe.fields  recipe.schema  recipe.loading
+    recipe.messages  recipe.syntax  recipe.files  recipe.fields  recipe.conflicts
+    recipe.schema  recipe.loading
     recipe.copying
     recipe  recipe.docs  rundir
     data  data.signatures  data.truncation  data.pdf  data.downloads  data.images
@@ -13,7 +14,7 @@ on that line, and from any line above it in this list; never from a line below.
     families.family  families.idefics2  families.idefics3  families.smolvlm
     families.llava  families.mantis  families.mllama  families.idefics
     families
-    data.render  data.shorten
+    data.render  data.shorten  data.augment
     data.containers.files  data.containers.cleaning  data.containers.json_text
     data.containers.container
     data.containers.cached  data.containers.compressed  data.containers.json_rows
@@ -22,13 +23,15 @@ on that line, and from any line above it in this list; never from a line below.
     data.containers.kinds  data.containers.streams  data.containers.opening  data.containers
     data.sources  data.stamps  data.examples  data.examination  data.examined  data.sampling
     data.collate  data.streaming
-    model  model.parts  model.quantize  model.load  model.adapters  model.generate
+    model  model.parts  model.quantize  model.load  model.vocabulary  model.adapters
+    model.pissa  model.methods  model.optimizer  model.generate
     metrics.text  metrics
     environment
     charts  report
     checking  check_page  preview_page
-    callbacks  trainer
+    findings  callbacks  trainer
     judging  preparation
+    requirements  resuming
     tables
     train  evaluate  chat  check  preview  convert
     cli

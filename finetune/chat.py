@@ -7,9 +7,10 @@ from data_formats.chat import Conversation, Image, Message, Text
 from finetune.data.examples import Encoder
 from finetune.data.images import ImageAccess
 from finetune.data.sources import Row
-from finetune.model.adapters import load_adapter
 from finetune.model.generate import generate_answers
-from finetune.model.load import best_device, load_model, load_processor, quiet_libraries
+from finetune.model.load import best_device, load_processor, quiet_libraries
+from finetune.model.methods import load_trained
+from finetune.model.vocabulary import add_extra_tokens
 from finetune.recipe import load_recipe
 from finetune.rundir import open_run_dir
 
@@ -21,16 +22,16 @@ def answer(path: str | Path, images: Sequence[Path], question: str) -> str:
     quiet_libraries()
     run = open_run_dir(path)
     recipe = load_recipe(run.recipe, check_paths=False)
-    base, family = load_model(recipe.model)
-    model = load_adapter(base, run.adapter, recipe).to(best_device())
     processor, image_settings = load_processor(recipe.model, recipe.images)
+    add_extra_tokens(processor, recipe)
+    model, family = load_trained(recipe, run.adapter, processor)
     encoder = Encoder(processor, family, image_settings)
     content = (*(Image(str(image)) for image in images), Text(question))
     conversation = Conversation((Message("user", content), Message("assistant", ())))
     anywhere = ImageAccess(Path.cwd(), allow_outside_root=True)
     prompt = encoder.encode_prompt(Row("the question", conversation, anywhere))
     return generate_answers(
-        model,
+        model.to(best_device()),
         encoder.processor,
         family,
         [prompt],

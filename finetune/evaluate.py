@@ -5,9 +5,8 @@ from pathlib import Path
 from rich.console import Console
 
 from finetune.errors import DataError
-from finetune.judging import Judgement, judge
-from finetune.model.adapters import load_adapter
-from finetune.model.load import best_device, load_model, quiet_libraries
+from finetune.judging import Judgement, judge, sides_of_run
+from finetune.model.load import quiet_libraries
 from finetune.preparation import cache_of, load_encoder, prepare_held_out
 from finetune.recipe import load_recipe
 from finetune.report import write_report
@@ -30,9 +29,8 @@ def evaluate(path: str | Path, *, console: Console | None = None) -> Judgement:
             f"{run.recipe}: data.eval is empty, so there is nothing to judge on; name held-out "
             "rows there"
         )
-    base, _ = load_model(recipe.model)
-    model = load_adapter(base, run.adapter, recipe).to(best_device())
     encoder = load_encoder(recipe, console)
+    sides = sides_of_run(recipe, run.adapter, encoder)
     held_out = prepare_held_out(recipe, encoder, cache_of(run.path), console)
     assert held_out
     known = read_json(run.environment).get("rows_sha256") if run.environment.is_file() else None
@@ -41,7 +39,7 @@ def evaluate(path: str | Path, *, console: Console | None = None) -> Judgement:
             f"{path}: the data files have changed since the training, so that rows it was trained "
             "on would be judged as held out; bring the files back, or train with data.eval"
         )
-    judgement = judge(model, encoder, held_out.rows, recipe.evaluation, run, console)
+    judgement = judge(sides, held_out.rows, recipe.evaluation, run, console)
     summary = read_json(run.summary) if run.summary.is_file() else {}
     summary |= {
         "base": judgement.base,

@@ -27,6 +27,7 @@ from finetune.data.sampling import hold_out
 from finetune.data.sources import Rows, Source, StreamSource, open_source, open_stream_source
 from finetune.errors import DataError, summarise_problems
 from finetune.model.load import load_config, load_processor
+from finetune.model.vocabulary import add_extra_tokens
 from finetune.recipe import DataSection, DataSource, Recipe
 from finetune.rundir import RunDir, write_jsonl
 
@@ -58,6 +59,7 @@ def load_encoder(recipe: Recipe, console: Console) -> Encoder:
     """
     _, family = load_config(recipe.model)
     processor, images = load_processor(recipe.model, recipe.images)
+    add_extra_tokens(processor, recipe)
     for key in type(images).model_fields:
         if getattr(recipe.images, key) is not None and getattr(images, key) is None:
             console.print(

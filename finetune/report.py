@@ -385,8 +385,10 @@ def describe_recipe(recipe: str) -> str:
         return ""
     adapter = mapping(settings.get("adapter"))
     words = [mapping(settings.get("model")).get("name"), adapter.get("method")]
-    if adapter.get("rank"):
-        words.append(f"rank {adapter['rank']}")
+    if (rank := adapter.get("rank")) and adapter.get("method") not in ("full", "frozen"):
+        by_part = mapping(rank).items()
+        ranks = ", ".join(f"{each} ({part})" for part, each in by_part)
+        words.append(f"rank {ranks or rank}")
     if isinstance(adapter.get("parts"), list):
         words.append("on " + ", ".join(map(str, adapter["parts"])))
     return " · ".join(str(word) for word in words if word)

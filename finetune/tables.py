@@ -49,10 +49,15 @@ def print_summary(run: RunDir, results: Console) -> None:
         table.add_row("not judged: no data.eval", "", "", "")
     table.add_section()
     memory = "peak memory" + (" of the process" if summary["device"] == "cpu" else "")
+    trained = "nothing was trained", ""
+    if "first_loss" in summary:
+        losses = f"{summary['first_loss']:.3f} -> {summary['last_loss']:.3f}"
+        trained = "loss, first and last", losses
+    speed = summary.get("samples_per_second")
     for name, value in (
         ("held-out rows", f"{summary['num_eval_rows']:,}"),
-        ("loss, first and last", f"{summary['first_loss']:.3f} -> {summary['last_loss']:.3f}"),
-        ("samples per second", f"{summary['samples_per_second']:.1f}"),
+        trained,
+        ("samples per second", f"{speed:.1f}" if speed else ""),
         (memory, f"{summary['peak_memory_gib']:.2f} GiB"),
     ):
         table.add_row(name, "", value, "")

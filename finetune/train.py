@@ -1,34 +1,43 @@
 """`finetune train`: a recipe becomes a run directory."""
 
-import json
-import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from peft import load_peft_weights, set_peft_model_state_dict
 from rich.console import Console
 from transformers import set_seed
 
 from finetune.callbacks import MetricsFile, ProgressDisplay, StopOnDivergence, StopOnSignal
+from finetune.data.augment import Augmentation
 from finetune.data.collate import Collator
-from finetune.data.examination import BAD, OVERLONG, Examination, Finding
+from finetune.data.examination import BAD, OVERLONG, Examination
 from finetune.data.examples import Encoder
-from finetune.data.sampling import EpochSampler
+from finetune.data.sampling import EpochSampler, was_worst_first
 from finetune.data.sources import Rows, StreamSource
 from finetune.data.streaming import ExampleStream
 from finetune.environment import environment, peak_memory_gib
-from finetune.errors import ModelError, RecipeError, RunDirError, summarise_problems
-from finetune.judging import Judgement, judge
-from finetune.model.adapters import add_adapter, count_parameters, save_adapter
-from finetune.model.load import (
-    best_device,
-    load_model,
-    quiet_libraries,
+from finetune.errors import ModelError, RecipeError
+from finetune.findings import FindingsLists
+from finetune.judging import (
+    Judgement,
+    Sides,
+    free_memory,
+    judge,
+    sides_of_adapted,
+    sides_of_run,
+)
+from finetune.model import pissa
+from finetune.model.adapters import count_parameters
+from finetune.model.load import best_device, quiet_libraries
+from finetune.model.methods import (
+    is_adapter,
+    load_checkpoint,
+    load_trainable,
+    pissa_start,
+    save_trained,
 )
 from finetune.preparation import (
     PreparedRows,
@@ -39,17 +48,17 @@ from finetune.preparation import (
     prepare_rows,
     write_lists,
 )
-from finetune.recipe import Recipe, dump_recipe, load_recipe, recipe_warnings
+from finetune.recipe import Recipe, dump_recipe, recipe_warnings
 from finetune.report import write_report
+from finetune.requirements import refuse_what_cannot_run
+from finetune.resuming import is_finished, refuse_another_run
 from finetune.rundir import (
     RunDir,
     check_run_dir,
     create_run_dir,
-    read_json,
     read_jsonl,
     replacing,
     write_json,
-    write_jsonl,
     write_text,
 )
 from finetune.tables import (
@@ -68,6 +77,7 @@ class Prepared:
     """Everything that is known before the weights are loaded.
 
     `train` is None where the rows are streamed, and `streams` are empty where they are not.
+    `worst_first` puts the heaviest rows in front.
     """
 
     recipe: Recipe
@@ -75,6 +85,7 @@ class Prepared:
     train: PreparedRows | None
     streams: list[StreamSource]
     held_out: PreparedRows | None
+    worst_first: bool = False
 
     def examinations(self) -> list[Examination]:
         """Of train and eval entries; one, where the held-out rows were carved out of the first."""
@@ -105,13 +116,15 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
+    worst_first: bool = False,
     console: Console | None = None,
     results: Console | None = None,
 ) -> int:
     """Train, judge and report; the exit code.
 
-    `source` is what the user called the recipe, for messages. `console` takes progress and
-    messages, `results` the table.
+    `source` is what the user called the recipe, for messages. `worst_first` begins with the
+    heaviest rows; a resumed run keeps the order that it was begun with. `console` takes progress
+    and messages, `results` the table.
     Raises `FinetuneError` for what the user can mend, before anything is written.
     """
     console = console or messages_console()
@@ -120,6 +133,11 @@ def train(
     for warning in recipe_warnings(recipe):
         console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
     refuse_what_cannot_run(recipe, source)
+    if worst_first and any(entry.streaming for entry in recipe.data.train):
+        raise RecipeError(
+            f"{source}: --worst-first needs to know all rows before training, and streamed ones "
+            "come later; leave it out, or data.train.0.streaming"
+        )
     if not dry_run:
         check_run_dir(recipe.output.dir, resume=resume, overwrite=overwrite)
     prepared = prepare(recipe, console)
@@ -131,22 +149,18 @@ def train(
             results.print("dry run: nothing was written; streamed rows are checked as they come")
         return 0
     if resume:
-        refuse_another_run(prepared, RunDir(recipe.output.dir))
-    console.print(f"loading {recipe.model.name}", soft_wrap=True)
-    set_seed(recipe.training.seed)  # the adapter's first weights are random
-    base, family = load_model(recipe.model)
-    model = add_adapter(base, family, recipe.adapter, recipe.model.name)
-    run = create_run_dir(
-        recipe.output.dir,
-        resume=resume,
-        overwrite=overwrite,
-        needed_bytes=_bytes_on_disk(model, recipe),
-    )
-    write_text(run.recipe, dump_recipe(recipe))
-    write_json(run.environment, environment() | {"rows_sha256": prepared.digest()})
-    if not (resume and prepared.streams):  # a stream adds to the lists as it goes
-        write_lists(run.path, prepared.examinations())
-    return _train_and_judge(prepared, model, run, source, resume, console, results)
+        refuse_another_run(recipe, prepared.digest(), RunDir(recipe.output.dir))
+        worst_first = was_worst_first(RunDir(recipe.output.dir), asked=worst_first)
+    prepared = replace(prepared, worst_first=worst_first)
+    done = _train_and_save(prepared, resume, overwrite, console)
+    if done.stopped_at:
+        console.print(
+            f"stopped at step {done.stopped_at}; go on with: finetune train {source} --resume",
+            soft_wrap=True,
+        )
+        return INTERRUPTED
+    _judge_and_report(prepared, done, console, results)
+    return 0
 
 
 def prepare(recipe: Recipe, console: Console) -> Prepared:
@@ -162,73 +176,66 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
     return Prepared(recipe, encoder, train_rows, [], held_out)
 
 
-def refuse_what_cannot_run(recipe: Recipe, source: str) -> None:
-    """Raise `RecipeError` for settings that this version or this machine cannot carry out.
+@dataclass(frozen=True)
+class Trained:
+    """How far the steps of a run have come, and what is left of them in memory."""
 
-    None of them is passed over in silence.
+    run: RunDir
+    trainable: int
+    total: int
+    stopped_at: str = ""
+    """Where a signal ended them."""
+    num_streamed: dict[str, int] = field(default_factory=dict)
+    """Rows taken from a stream, and what became of them."""
+    sides: Sides | None = None
+    """What is judged, where that is the trained model itself and not what was saved of it."""
+
+
+def _train_and_save(prepared: Prepared, resume: bool, overwrite: bool, console: Console) -> Trained:
+    """Load the model, make the run directory, train and save.
+
+    The model is let go of where it is not what is judged: two large ones may not fit.
     """
-    adapter, training = recipe.adapter, recipe.training
-    unbuilt = {
-        f"adapter.method: {adapter.method}": adapter.method not in ("lora", "dora", "rslora"),
-        "training.learning_rate by part": isinstance(training.learning_rate, dict),
-        "training.packing": training.packing,
-        "training.vision_cache": training.vision_cache != "off",
-        "several processes (WORLD_SIZE)": int(os.environ.get("WORLD_SIZE") or 1) > 1,
-    }
-    problems = [
-        f"{setting}: not available in this version" for setting, used in unbuilt.items() if used
-    ]
-    needed = {f"output.trackers: {name}": name for name in recipe.output.trackers}
-    if "bnb" in training.optimizer or "paged" in training.optimizer:
-        needed[f"training.optimizer: {training.optimizer}"] = "bitsandbytes"
-    if recipe.model.quantize != "none":
-        needed[f"model.quantize: {recipe.model.quantize}"] = "bitsandbytes"
-    if recipe.model.attention == "flash_attention_2":
-        needed["model.attention: flash_attention_2"] = "flash_attn"
-    on_gpu = torch.cuda.is_available()
-    if recipe.model.dtype == "bfloat16" and on_gpu and not torch.cuda.is_bf16_supported():
-        problems.append("model.dtype: bfloat16 is not computed by this GPU; set float16")
-    problems += [
-        f"{setting}: needs the package {package}, which is not installed; pip install {package}"
-        for setting, package in needed.items()
-        if find_spec(package) is None
-    ]
-    if problems:
-        raise RecipeError(summarise_problems(source, problems))
-
-
-def refuse_another_run(prepared: Prepared, run: RunDir) -> None:
-    """Raise `RunDirError` where a run would go on with a recipe or rows it was not begun with."""
-    begun = load_recipe(run.recipe, check_paths=False).model_dump()
-    now = prepared.recipe.model_dump()
-    changed = [
-        f"{section}.{key}"
-        for section, settings in now.items()
-        for key in settings
-        if settings[key] != begun[section][key] and section != "output"
-    ]
-    if not changed and read_json(run.environment).get("rows_sha256") != prepared.digest():
-        changed = ["the rows in the data files"]
-    if changed:
-        raise RunDirError(
-            f"{run.path}: was begun with other settings ({', '.join(changed)}); "
-            "resume with the same ones, or start a new run in another output.dir"
-        )
-
-
-def _train_and_judge(
-    prepared: Prepared,
-    model: Any,
-    run: RunDir,
-    source: str,
-    resume: bool,
-    console: Console,
-    results: Console,
-) -> int:
     recipe, encoder = prepared.recipe, prepared.encoder
+    console.print(f"loading {recipe.model.name}", soft_wrap=True)
+    set_seed(recipe.training.seed)  # the adapter's first weights are random
+    pissa_file = pissa_start(RunDir(recipe.output.dir))
+    is_pissa = recipe.adapter.method == "pissa"
+    go_on_from = pissa_file if is_pissa and resume and pissa_file.is_file() else None
+    model, _ = load_trainable(recipe, encoder.processor, go_on_from=go_on_from)
+    run = create_run_dir(
+        recipe.output.dir,
+        resume=resume,
+        overwrite=overwrite,
+        needed_bytes=_bytes_on_disk(model, recipe),
+    )
+    write_text(run.recipe, dump_recipe(recipe))
+    begun_with = {"rows_sha256": prepared.digest(), "worst_first": prepared.worst_first}
+    write_json(run.environment, environment() | begun_with)
+    if not (resume and prepared.streams):  # a stream adds to the lists as it goes
+        write_lists(run.path, prepared.examinations())
+    if is_pissa and not go_on_from:
+        pissa.save_start(model, pissa_file)
     trainable, total = count_parameters(model)
     console.print(f"training {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
-    checkpoint = run.last_checkpoint() if resume else None
+    done = Trained(run, trainable, total)
+    if trainable:
+        done = _train(prepared, model, done, resume, console)
+    if done.stopped_at:
+        return done
+    with replacing(run.adapter) as folder:
+        start = pissa_file if is_pissa else None
+        save_trained(model, encoder.processor, recipe, folder, start=start)
+    if is_adapter(recipe) and not is_pissa:
+        done = replace(done, sides=sides_of_adapted(model, encoder, recipe))
+    return done
+
+
+def _train(
+    prepared: Prepared, model: Any, done: Trained, resume: bool, console: Console
+) -> Trained:
+    """Take the steps, or those that are left after a checkpoint."""
+    checkpoint = done.run.last_checkpoint() if resume else None
     if resume:
         console.print(
             f"resuming from {checkpoint}" if checkpoint else "no checkpoint yet: starting over",
@@ -236,53 +243,66 @@ def _train_and_judge(
         )
     if checkpoint and is_finished(checkpoint):
         # Trained to the end and killed afterwards: the trainer would take one step too many
-        set_peft_model_state_dict(model, load_peft_weights(str(checkpoint), device="cpu"))
+        load_checkpoint(model, checkpoint)
         model.to(best_device())
-        num_streamed = read_stream_state(checkpoint, 0)[1] if prepared.streams else {}
-    else:
-        stop = StopOnSignal(console)
-        trainer = _run_trainer(prepared, model, run, checkpoint, stop, console)
-        num_streamed = trainer.num_streamed
-        if stop.stopped:
-            console.print(
-                f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; "
-                f"go on with: finetune train {source} --resume",
-                soft_wrap=True,
-            )
-            return INTERRUPTED
-    if prepared.streams:
-        taken, trained, left = (num_streamed[key] for key in ("taken", "trained", "left out"))
+        streamed = read_stream_state(checkpoint, 0)[1] if prepared.streams else {}
+        return replace(done, num_streamed=streamed)
+    stop = StopOnSignal(console)
+    trainer = _run_trainer(prepared, model, done.run, checkpoint, stop, console)
+    state = trainer.state
+    return replace(
+        done,
+        stopped_at=f"{state.global_step} of {state.max_steps}" if stop.stopped else "",
+        num_streamed=trainer.num_streamed if prepared.streams else {},
+    )
+
+
+def _judge_and_report(
+    prepared: Prepared, done: Trained, console: Console, results: Console
+) -> None:
+    recipe, run, streamed = prepared.recipe, done.run, done.num_streamed
+    if streamed:
+        taken, trained, left = (streamed[key] for key in ("taken", "trained", "left out"))
         console.print(f"stream: {taken:,} rows taken = {trained:,} trained + {left:,} left out")
-    with replacing(run.adapter) as folder:
-        save_adapter(model, encoder.processor, recipe, folder)
     judgement = Judgement({}, {}, 0)
     if prepared.held_out:
-        judgement = judge(model, encoder, prepared.held_out.rows, recipe.evaluation, run, console)
-    logged = [line for line in read_jsonl(run.metrics) if "loss" in line]
+        free_memory()
+        sides = done.sides or sides_of_run(recipe, run.adapter, prepared.encoder)
+        judgement = judge(sides, prepared.held_out.rows, recipe.evaluation, run, console)
     write_json(
         run.summary,
-        {
-            "first_loss": logged[0]["loss"],
-            "last_loss": logged[-1]["loss"],
+        _training_figures(run)
+        | {
             "base": judgement.base,
             "adapter": judgement.adapter,
             "num_eval_rows": judgement.num_rows,
             "num_train_rows": len(prepared.train.rows)
             if prepared.train
-            else num_streamed["trained"],
-            "num_skipped_rows": prepared.num_left_out() + num_streamed.get("left out", 0),
-            "steps": logged[-1]["step"],
-            "train_seconds": logged[-1]["seconds"],
-            "samples_per_second": round(logged[-1]["samples"] / logged[-1]["seconds"], 3),
+            else streamed.get("trained", 0),
+            "num_skipped_rows": prepared.num_left_out() + streamed.get("left out", 0),
             "peak_memory_gib": round(peak_memory_gib(), 3),
-            "trainable_parameters": trainable,
-            "total_parameters": total,
+            "trainable_parameters": done.trainable,
+            "total_parameters": done.total,
             "device": environment()["device"],
         },
     )
     write_report(run)
     print_summary(run, results)
-    return 0
+
+
+def _training_figures(run: RunDir) -> dict[str, Any]:
+    """Losses, steps and speed from metrics.jsonl; no step was taken where nothing is trained."""
+    logged = [line for line in read_jsonl(run.metrics) if "loss" in line]
+    if not logged:
+        return {"steps": 0}
+    first, last = logged[0], logged[-1]
+    return {
+        "first_loss": first["loss"],
+        "last_loss": last["loss"],
+        "steps": last["step"],
+        "train_seconds": last["seconds"],
+        "samples_per_second": round(last["samples"] / last["seconds"], 3),
+    }
 
 
 def _run_trainer(
@@ -297,16 +317,26 @@ def _run_trainer(
     metrics, display = MetricsFile(run), ProgressDisplay(console)
     rows = prepared.train.rows if prepared.train else Rows((), np.zeros(0, np.int64))
     held_out = prepared.held_out
+    sampler = EpochSampler.of_recipe(
+        prepared.train.spans() if prepared.train else [],
+        prepared.recipe.training,
+        prepared.train.counts if prepared.train and prepared.worst_first else None,
+    )
     trainer = VisionSFTTrainer(
         model,
         training_arguments(prepared.recipe, run, num_eval_rows=prepared.num_held_out),
-        Collator(prepared.encoder, rows + held_out.rows if held_out else rows),
-        EpochSampler(
-            prepared.train.spans() if prepared.train else [], prepared.recipe.training.seed
+        Collator(
+            prepared.encoder,
+            rows + held_out.rows if held_out else rows,
+            augmentation=Augmentation.of_recipe(prepared.recipe),
+            sampler=sampler,
+            num_train_rows=len(rows),
         ),
+        sampler,
         num_train_rows=len(rows),
         stream=_stream(prepared) if prepared.streams else None,
         on_findings=FindingsLists(run).add,
+        recipe=prepared.recipe,
         callbacks=[metrics, StopOnDivergence(), display, stop],
     )
     if checkpoint:
@@ -321,6 +351,7 @@ def _run_trainer(
             "images smaller"
         ) from error
     finally:
+        trainer.settle()
         display.close()  # or the terminal is left without a cursor
         stop.release()
     return trainer
@@ -334,44 +365,13 @@ def _stream(prepared: Prepared) -> ExampleStream:
         seed=prepared.recipe.training.seed,
         skip_bad=data.bad_rows == "skip",
         skip_overlong=data.overlong == "skip",
+        augmentation=Augmentation.of_recipe(prepared.recipe),
     )
 
 
-class FindingsLists:
-    """skipped.jsonl and changed.jsonl of a run whose rows are streamed, written as it goes.
-
-    A row is listed once, though a resumed run comes by it again, and so does every epoch.
-    """
-
-    def __init__(self, run: RunDir):
-        self.run = run
-        for path in (run.skipped, run.changed):
-            if path.is_file():
-                write_jsonl(path, read_jsonl(path))  # without a last line that was not finished
-        self._listed = {
-            path: {line["where"] for line in read_jsonl(path)}
-            for path in (run.skipped, run.changed)
-        }
-
-    def add(self, findings: list[Finding]) -> None:
-        """List those that are not yet listed."""
-        for finding in findings:
-            path = self.run.changed if finding.kind == "changed" else self.run.skipped
-            if finding.where in self._listed[path]:
-                continue
-            self._listed[path].add(finding.where)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(finding.to_json()) + "\n")
-
-
 def _bytes_on_disk(model: Any, recipe: Recipe) -> int:
-    """The adapter and, for each checkpoint kept and the one being written, it and Adam's state."""
-    adapter_bytes = 4 * count_parameters(model)[0]
+    """What is saved, and the checkpoints kept and being written, each with Adam's state."""
+    trained, total = count_parameters(model)
+    saved = total if recipe.adapter.method == "full" else trained
     checkpoints = recipe.training.keep_checkpoints + 1
-    return adapter_bytes * (1 + 3 * checkpoints) + 2**24
-
-
-def is_finished(checkpoint: Path) -> bool:
-    """Whether a checkpoint stands at the last step of its run."""
-    state = read_json(checkpoint / "trainer_state.json")
-    return state["global_step"] >= state["max_steps"]
+    return 4 * (saved + (saved + 2 * trained) * checkpoints) + 2**24

@@ -18,6 +18,13 @@ from finetune.data.sampling import EpochSampler
 from finetune.data.streaming import ExampleStream, Position, StreamCollator
 from finetune.errors import RunDirError
 from finetune.model.adapters import require_grad_on_language_inputs_only
+from finetune.model.methods import load_checkpoint, mixes_dtypes
+from finetune.model.optimizer import (
+    base_rate,
+    has_several_rates,
+    parameter_groups,
+    projected_modules,
+)
 from finetune.recipe import Recipe
 from finetune.rundir import RunDir, read_json, write_json
 
@@ -37,10 +44,12 @@ class VisionSFTTrainer(SFTTrainer):
         num_train_rows: int,
         stream: ExampleStream | None = None,
         on_findings: Callable[[list[Finding]], None] = lambda findings: None,
+        recipe: Recipe | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ):
         """`num_train_rows` of the collator's rows are trained, the others held out. With a
-        `stream` it is trained instead, and `on_findings` is told what was left out of it.
+        `stream` it is trained instead, and `on_findings` is told what was left out of it. The
+        `recipe` tells which weights step at which rate; without one all step at that of `args`.
         """
         num_rows = len(collator.rows)
         # The dataset holds row numbers, so that rows stay as they were read and TRL's own
@@ -55,8 +64,13 @@ class VisionSFTTrainer(SFTTrainer):
         self.stream = stream
         self.on_findings = on_findings
         self.num_streamed = {"taken": 0, "trained": 0, "left out": 0}
+        self.recipe = recipe
+        self.rates: dict[str, float] = {}
+        base = model.get_base_model() if hasattr(model, "peft_config") else model
+        if recipe:
+            args.optim_target_modules = projected_modules(base, collator.encoder.family, recipe)
         # Before TRL sees the model: it asks for gradients on every embedding as soon as it does
-        require_grad_on_language_inputs_only(model.get_base_model())
+        require_grad_on_language_inputs_only(base)
         super().__init__(
             model=model,
             args=args,
@@ -80,6 +94,39 @@ class VisionSFTTrainer(SFTTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         """Ours: rows by their weights, in an order that depends on seed and epoch alone."""
         return self.sampler
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The stock one; where the recipe has several rates, its weights are sorted again."""
+        optimizer = super().create_optimizer(model)
+        if self.recipe and has_several_rates(self.recipe):
+            model = model or self.model
+            decayed = self.get_decay_parameter_names(model)
+            family = self.data_collator.encoder.family  # type: ignore[union-attr]
+            optimizer.param_groups.clear()
+            for group in parameter_groups(model, family, self.recipe, decayed):
+                optimizer.add_param_group(group)
+        return optimizer
+
+    def _get_learning_rate(self) -> float:
+        """The first group's, and those of all groups are noted for the log."""
+        optimizer: Any = self.optimizer
+        groups = optimizer.param_groups if optimizer else []
+        self.rates = {group["name"]: float(group["lr"]) for group in groups if "name" in group}
+        return super()._get_learning_rate()
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """TRL's, with a rate for every group of weights beside `learning_rate`, where there are
+        several.
+        """
+        if "learning_rate" in logs:
+            logs |= {f"learning_rate/{name}": rate for name, rate in self.rates.items()}
+        super().log(logs, *args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Ours: the stock one takes a whole model's file as it is, in the Hub's layout, and passes
+        over the names that do not fit.
+        """
+        load_checkpoint(model or self.model, Path(resume_from_checkpoint))
 
     def get_train_dataloader(self) -> DataLoader:
         """Of a stream, one that accelerate leaves alone: each process has its own rows already."""
@@ -128,10 +175,16 @@ class VisionSFTTrainer(SFTTrainer):
         """The stock one; what a stream needs to go on is written first, since the file that makes
         a checkpoint whole comes last.
         """
+        self.settle()
         if self.stream:
             folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
             write_stream_state(folder, self.stream, self.args.process_index, self.num_streamed)
         super()._save_checkpoint(*args, **kwargs)
+
+    def settle(self) -> None:
+        """Bring the weights to where they are meant: schedule-free optimizers train beside it."""
+        if self.optimizer and callable(bring := getattr(self.optimizer, "eval", None)):
+            bring()
 
     def training_step(
         self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
@@ -167,8 +220,8 @@ def training_arguments(recipe: Recipe, run: RunDir, *, num_eval_rows: int) -> SF
     """The recipe's settings under the names of transformers and TRL."""
     training, on_gpu = recipe.training, torch.cuda.is_available()
     # A bfloat16 base on a GPU computes its float32 adapters under autocast; on a CPU autocast gains
-    # nothing
-    half = recipe.model.dtype if on_gpu else None
+    # nothing, unless whole modules are trained: only autocast lets float32 meet the base's dtype
+    half = recipe.model.dtype if on_gpu or mixes_dtypes(recipe) else None
     return SFTConfig(
         output_dir=str(run.checkpoints),
         use_cpu=not on_gpu,
@@ -179,12 +232,13 @@ def training_arguments(recipe: Recipe, run: RunDir, *, num_eval_rows: int) -> SF
         per_device_train_batch_size=training.batch_size,
         per_device_eval_batch_size=recipe.evaluation.batch_size,
         gradient_accumulation_steps=training.gradient_accumulation,
-        learning_rate=training.learning_rate,  # type: ignore[arg-type]  # mappings are refused before
+        learning_rate=base_rate(recipe),
         lr_scheduler_type=training.scheduler,
         warmup_steps=training.warmup_ratio,  # below 1 it is a share of the steps
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         optim=training.optimizer,
+        neftune_noise_alpha=training.neftune_alpha or None,
         gradient_checkpointing=training.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         seed=training.seed,

@@ -1,34 +1,30 @@
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
 
 from finetune.data.collate import collate
 from finetune.data.examples import Encoder
 from finetune.data.images import ImageAccess
 from finetune.data.sources import Row
-from finetune.errors import ModelError
+from finetune.errors import ModelError, RunDirError
 from finetune.families import FAMILIES
-from finetune.families.family import Family
 from finetune.model.adapters import (
     add_adapter,
     count_parameters,
+    load_adapter,
+    part_of_weight,
     require_grad_on_language_inputs_only,
 )
 from finetune.model.load import load_model
-from finetune.recipe import AdapterSection, ModelSection
+from finetune.recipe import AdapterSection, ModelSection, Recipe
 from tests.conftest import chat_row
 from tests.models.idefics2 import full_size
 
 IDEFICS2 = FAMILIES["idefics2"]
-
-
-def part_of(family: Family, config: Any, name: str) -> str | None:
-    """The part under whose prefixes a parameter stands."""
-    for part, facts in family.parts_of(config).items():
-        if any(name.startswith(prefix + ".") for prefix in facts.prefixes):
-            return part
-    return None
 
 
 def adapter(**settings: Any) -> AdapterSection:
@@ -59,7 +55,7 @@ def test_idefics2_8b_has_the_published_number_of_trainable_parameters(
 def test_a_parts_pattern_leaves_the_other_parts_alone(nano_model: Any, part: Any) -> None:
     adapted = add_adapter(nano_model, IDEFICS2, adapter(parts=(part,)), "nano")
     trained = {
-        part_of(IDEFICS2, nano_model.config, name.removeprefix("base_model.model."))
+        part_of_weight(adapted, IDEFICS2)(name)
         for name, parameter in adapted.named_parameters()
         if parameter.requires_grad
     }
@@ -67,9 +63,9 @@ def test_a_parts_pattern_leaves_the_other_parts_alone(nano_model: Any, part: Any
 
 
 def test_a_part_that_matches_nothing_is_refused() -> None:
-    bare = torch.nn.Module()
+    bare: Any = torch.nn.Module()
     bare.add_module("model", torch.nn.Linear(2, 2))
-    bare.config = None  # type: ignore[assignment]
+    bare.config = None
     with pytest.raises(ModelError, match="no linear layer of it matches 'language'"):
         add_adapter(bare, IDEFICS2, adapter(), "it")
 
@@ -80,6 +76,49 @@ def test_adapters_of_a_bfloat16_base_are_float32() -> None:
     dtypes = {p.dtype for p in adapted.parameters() if p.requires_grad}
     assert dtypes == {torch.float32}
     assert {p.dtype for p in adapted.parameters() if not p.requires_grad} == {torch.bfloat16}
+
+
+def test_rank_and_alpha_by_part_reach_the_layers_of_each_part(nano_model: Any) -> None:
+    section = adapter(
+        parts=("connector", "language", "vision"),
+        rank={"connector": 16, "language": 4, "vision": 2},
+        alpha={"connector": 16, "language": 12, "vision": 2},
+    )
+    adapted = add_adapter(nano_model, IDEFICS2, section, "nano")
+    part_of, seen = part_of_weight(adapted, IDEFICS2), set()
+    for name, module in adapted.named_modules():
+        if isinstance(module, LoraLayer):
+            seen.add((part_of(name), module.r["default"], module.scaling["default"]))
+    assert seen == {("connector", 16, 1.0), ("language", 4, 3.0), ("vision", 2, 1.0)}
+
+
+def test_a_module_to_save_that_is_not_there_is_refused_and_those_there_are_named(
+    nano_model: Any,
+) -> None:
+    section = adapter(modules_to_save=("lm_head", "head"))
+    with pytest.raises(ModelError, match=r"nano has no module called head; it has lm_head, model,"):
+        add_adapter(nano_model, IDEFICS2, section, "nano")
+
+
+def test_a_part_that_is_saved_whole_is_refused(nano_model: Any) -> None:
+    section = adapter(modules_to_save=("model.connector",))
+    with pytest.raises(ModelError, match=r"all of 'connector' is in adapter\.modules_to_save"):
+        add_adapter(nano_model, IDEFICS2, section, "nano")
+
+
+def test_modules_to_save_of_a_bfloat16_base_are_trained_in_float32() -> None:
+    model, _ = load_model(ModelSection(name="nano", dtype="bfloat16"))
+    adapted = add_adapter(model, IDEFICS2, adapter(modules_to_save=("lm_head",)), "nano")
+    trained = {n: p for n, p in adapted.named_parameters() if p.requires_grad and "lora" not in n}
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+    assert all("lm_head" in name for name in trained)
+
+
+def test_a_quantised_module_cannot_be_saved(nano_model: Any) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    nano_model.lm_head = bitsandbytes.nn.Linear4bit(128, 447, bias=False)
+    with pytest.raises(ModelError, match="lm_head of nano is quantised"):
+        add_adapter(nano_model, IDEFICS2, adapter(modules_to_save=("lm_head",)), "nano")
 
 
 @pytest.fixture
@@ -150,3 +189,18 @@ def test_a_trained_vision_tower_gets_its_gradients(batch: Any) -> None:
     assert ours.keys() == plain.keys()
     for name, gradient in ours.items():
         torch.testing.assert_close(gradient, plain[name], atol=1e-6, rtol=1e-5)
+
+
+def test_an_adapter_with_weights_missing_is_refused(nano_model: Any, tmp_path: Path) -> None:
+    """PEFT would leave them random, with a warning."""
+    adapted = add_adapter(nano_model, IDEFICS2, adapter(), "nano")
+    adapted.save_pretrained(str(tmp_path), save_embedding_layers=False)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    gone = [name for name in weights if "connector" in name]
+    kept = {name: weight for name, weight in weights.items() if name not in gone}
+    save_file(kept, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    recipe = Recipe.model_validate(
+        {"model": {"name": "nano"}, "data": {"train": [{"hub": "user/name"}]}}
+    )
+    with pytest.raises(RunDirError, match=rf"{len(gone)} weights of the adapter are missing"):
+        load_adapter(load_model(ModelSection(name="nano"))[0], tmp_path, recipe)

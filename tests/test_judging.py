@@ -13,10 +13,10 @@ from finetune.data.examples import Encoder
 from finetune.data.images import ImageAccess
 from finetune.data.sources import Row
 from finetune.families import FAMILIES
-from finetune.judging import judge
+from finetune.judging import judge, sides_of_adapted
 from finetune.model.adapters import add_adapter
 from finetune.model.generate import generate_answers
-from finetune.recipe import AdapterSection, EvaluationSection
+from finetune.recipe import AdapterSection, EvaluationSection, Recipe
 from finetune.rundir import RunDir, read_jsonl
 from tests.conftest import chat_row
 
@@ -39,6 +39,11 @@ def rows(tmp_path: Path, picture: Any) -> list[Row]:
         row = parse_chat(chat_row(question, f"answer {i}", *files))
         rows.append(Row(f"eval.jsonl:{i + 1}", row, ImageAccess(tmp_path)))
     return rows
+
+
+def sides_of(adapted: Any, encoder: Encoder) -> Any:
+    recipe = {"model": {"name": "nano"}, "data": {"train": [{"hub": "user/name"}]}}
+    return sides_of_adapted(adapted, encoder, Recipe.model_validate(recipe))
 
 
 def test_answers_of_a_batch_are_those_given_one_by_one(
@@ -74,7 +79,7 @@ def test_the_base_answers_without_the_adapter_and_the_adapter_with_it(
     assert changed != untouched
     run = RunDir(tmp_path / "run")
     settings = EvaluationSection(**options)
-    judgement = judge(adapted, encoder, rows, settings, run, Console(quiet=True))
+    judgement = judge(sides_of(adapted, encoder), rows, settings, run, Console(quiet=True))
     lines = read_jsonl(run.predictions)
     assert [line["base"] for line in lines] == untouched
     assert [line["adapter"] for line in lines] == changed
@@ -95,7 +100,9 @@ def test_figures_are_means_over_the_rows_judged(
     monkeypatch.setattr("finetune.judging._answer", lambda *_: next(answers))
     adapted = add_adapter(nano_model, FAMILIES["idefics2"], AdapterSection(), "nano")
     settings = EvaluationSection(metrics=("exact_match",), max_rows=3)
-    judgement = judge(adapted, encoder, rows, settings, RunDir(tmp_path), Console(quiet=True))
+    judgement = judge(
+        sides_of(adapted, encoder), rows, settings, RunDir(tmp_path), Console(quiet=True)
+    )
     assert judgement.base == {"exact_match": pytest.approx(1 / 3)}
     assert judgement.adapter == {"exact_match": pytest.approx(2 / 3)}
     assert judgement.num_rows == 3
@@ -115,6 +122,6 @@ def test_any_of_the_references_counts_as_right(
     monkeypatch.setattr("finetune.judging._answer", lambda *_: next(answers))
     adapted = add_adapter(nano_model, FAMILIES["idefics2"], AdapterSection(), "nano")
     run, settings = RunDir(tmp_path), EvaluationSection(metrics=("exact_match",))
-    judgement = judge(adapted, encoder, [row], settings, run, Console(quiet=True))
+    judgement = judge(sides_of(adapted, encoder), [row], settings, run, Console(quiet=True))
     assert (judgement.base, judgement.adapter) == ({"exact_match": 1.0}, {"exact_match": 0.0})
     assert read_jsonl(run.predictions)[0]["references"] == ["answer 0", "first answer"]

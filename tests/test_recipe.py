@@ -123,7 +123,7 @@ def test_a_dotted_key_in_the_file_is_told_its_section(folder: Path):
         ("adapter.rank=true", "expected a whole number, found true"),
         ("adapter.rank=", "expected a whole number, found nothing"),
         ("adapter.rank=0", "must be at least 1, found 0"),
-        ("adapter.rank.x=1", "expected a whole number, found a mapping"),
+        ("adapter.rank=[8]", "expected a whole number, found a list"),
         ("adapter.alpha=true", "expected a number, found true"),
         ("adapter.dropout=1", "must be less than 1, found 1"),
         ("training.weight_decay=.nan", "expected a finite number, found nan"),
@@ -403,12 +403,39 @@ def test_max_steps_on_the_command_line_replaces_epochs_of_the_file(folder: Path)
         (
             ["training.learning_rate={language: 1e-4, connector: 1e-4, vision: 1e-5}"],
             "training.learning_rate",
-            "has a rate for vision, which is not trained",
+            "names vision, which is not trained",
         ),
         (
             ["training.learning_rate={language: 1e-4}"],
             "training.learning_rate",
             "has no rate for connector, which is trained",
+        ),
+        (["adapter.rank={language: 8}"], "adapter.rank", "has no rank for connector"),
+        (
+            ["adapter.alpha={language: 8, connector: 8, vision: 1}"],
+            "adapter.alpha",
+            "names vision, which is not trained",
+        ),
+        (["adapter.method=frozen"], "adapter.method", "there is nothing to judge either"),
+        (
+            ["adapter={method: full, parts: [vision], extra_tokens: [x]}"],
+            "adapter.extra_tokens",
+            "add language to adapter.parts",
+        ),
+        (
+            ["training.optimizer=galore_adamw"],
+            "training.optimizer",
+            "cheaper, which adapter.method: lora does not do",
+        ),
+        (["training.optimizer=lomo"], "training.optimizer", "cannot gather gradients"),
+        (
+            [
+                "training.optimizer=adalomo",
+                "training.gradient_accumulation=1",
+                "training.lora_plus_ratio=16",
+            ],
+            "training.optimizer",
+            "has one rate for all weights",
         ),
         (
             ["model.attention=flash_attention_2", "model.dtype=float32"],
@@ -445,9 +472,56 @@ def test_a_learning_rate_may_be_given_by_part(folder: Path):
     assert problem.startswith("training.learning_rate.languge: expected one of language, ")
 
 
+def test_rank_and_alpha_may_be_given_by_part(folder: Path):
+    adapter = load(
+        folder,
+        "adapter.rank={language: 8, connector: 32}",
+        "adapter.alpha={language: 16, connector: 1e1}",
+    ).adapter
+    assert adapter.rank == {"language": 8, "connector": 32}
+    assert adapter.alpha == {"language": 16, "connector": 10}
+    (problem,) = problems(folder, "adapter.rank={language: 8, conector: 4}")
+    assert problem.startswith("adapter.rank.conector: expected one of language, ")
+    (problem,) = problems(folder, "adapter.rank={language: 8, connector: 0.5}")
+    assert problem == "adapter.rank.connector: expected a whole number, found 0.5"
+
+
 @pytest.mark.parametrize(
     ("overrides", "warning"),
     [
+        (
+            ["adapter.method=full", "training.lora_plus_ratio=16"],
+            "training.lora_plus_ratio has no effect with adapter.method: full, which has no "
+            "matrices A and B",
+        ),
+        (
+            ["adapter.method=full", "adapter.modules_to_save=[lm_head]"],
+            "adapter.modules_to_save has no effect with adapter.method: full; name their part in "
+            "parts",
+        ),
+        (
+            [
+                "adapter.method=frozen",
+                "data.eval.0.path=eval.jsonl",
+                "adapter.extra_tokens=[x]",
+            ],
+            "adapter.extra_tokens has no effect with adapter.method: frozen",
+        ),
+        (
+            ["adapter.method=frozen", "data.eval.0.path=eval.jsonl", "training.neftune_alpha=5"],
+            "training.neftune_alpha has no effect with adapter.method: frozen, which trains "
+            "nothing",
+        ),
+        (
+            ["adapter.method=pissa"],
+            "adapter.dropout with adapter.method: pissa leaves out the strongest directions of the "
+            "model's own weights at random; set adapter.dropout: 0",
+        ),
+        (
+            ["training.optimizer=adalomo", "training.gradient_accumulation=1"],
+            "training.optimizer: adalomo leaves its state out of checkpoints: a resumed run does "
+            "not end as an unbroken one",
+        ),
         (
             ["adapter.method=full", "adapter.rank=8"],
             "adapter.rank has no effect with adapter.method: full",
@@ -571,7 +645,16 @@ sections = {
         optional={"revision": texts, "quantize": st.sampled_from(["none", "nf4"])},
     ),
     "adapter": st.fixed_dictionaries(
-        {}, optional={"rank": st.integers(1, 999), "alpha": numbers, "dropout": st.floats(0, 0.99)}
+        {},
+        optional={
+            "rank": st.integers(1, 999)
+            | st.fixed_dictionaries(
+                {"language": st.integers(1, 99), "connector": st.integers(1, 99)}
+            ),
+            "alpha": numbers | st.fixed_dictionaries({"language": numbers, "connector": numbers}),
+            "dropout": st.floats(0, 0.99),
+            "extra_tokens": st.lists(texts, unique=True, max_size=3),
+        },
     ),
     "data": st.fixed_dictionaries(
         {"train": st.just([{"hub": "user/name", "split": "yes"}])},
@@ -685,7 +768,7 @@ def test_every_field_is_documented():
 def test_names_of_optimizers_and_schedulers_are_those_of_transformers():
     training_args = pytest.importorskip("transformers.training_args")
     trainer_utils = pytest.importorskip("transformers.trainer_utils")
-    assert set(Optimizer.__args__) <= {each.value for each in training_args.OptimizerNames}
+    assert set(Optimizer.__args__) == {each.value for each in training_args.OptimizerNames}
     assert set(Scheduler.__args__) <= {each.value for each in trainer_utils.SchedulerType}
 
 

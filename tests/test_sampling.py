@@ -3,7 +3,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from finetune.data.sampling import EpochSampler, hold_out
+from finetune.data.sampling import EpochSampler, heaviness, hold_out
 from finetune.errors import DataError
 
 
@@ -53,6 +53,41 @@ def test_the_order_depends_on_seed_and_epoch_alone() -> None:
 def test_a_tiny_weight_still_draws_a_row() -> None:
     assert len(EpochSampler([(10, 0.001)], 0)) == 1
     assert len(EpochSampler([(0, 1.0), (3, 1.0)], 0)) == 3
+
+
+def worst_first(spans: list[tuple[int, float]], num_first: int) -> EpochSampler:
+    """The higher its number, the heavier a row; two by two they are equal."""
+    ranks = np.arange(sum(count for count, _ in spans)) // 2
+    return EpochSampler(spans, 4, heaviness=ranks, num_heaviest_first=num_first)
+
+
+def test_the_first_epoch_begins_with_the_heaviest_rows_and_the_others_keep_their_order() -> None:
+    plain, heavy = (epochs(s, 3) for s in (EpochSampler([(40, 1.0)], 4), worst_first([(40, 1)], 6)))
+    assert [row // 2 for row in heavy[0][:6]] == [19, 19, 18, 18, 17, 17]
+    assert heavy[0][6:] == [row for row in plain[0] if row < 34]
+    assert heavy[1:] == plain[1:]
+
+
+def test_every_row_is_drawn_as_often_with_the_heaviest_in_front() -> None:
+    """Of rows of weight 0.5, only those whose turn it is come first."""
+    spans = [(10, 2.0), (9, 1.3), (20, 0.5)]
+    plain, heavy = epochs(EpochSampler(spans, 4), 4), epochs(worst_first(spans, 7), 4)
+    assert plain[0] != heavy[0]
+    assert [Counter(drawn) for drawn in plain] == [Counter(drawn) for drawn in heavy]
+    top = sorted((row // 2 for row in plain[0]), reverse=True)[:7]
+    assert [row // 2 for row in heavy[0][:7]] == top
+
+
+def test_fewer_rows_than_come_first_are_all_in_order() -> None:
+    (drawn,) = epochs(worst_first([(4, 1.0)], 10), 1)
+    assert [row // 2 for row in drawn] == [1, 1, 0, 0]
+
+
+def test_rows_are_heavy_by_their_pixels_and_then_by_their_tokens() -> None:
+    counts = np.zeros(5, [("num_tokens", "u4"), ("num_view_pixels", "u8")])
+    counts["num_view_pixels"] = [0, 700, 700, 90, 700]
+    counts["num_tokens"] = [9000, 10, 20, 5000, 20]
+    assert heaviness(counts).tolist() == [0, 2, 3, 1, 3]
 
 
 def keyed(keys_of_rows: list[list[int]]) -> tuple[int, np.ndarray, np.ndarray]:

@@ -4,10 +4,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
 from finetune.data import streaming
+from finetune.data.augment import Augmentation
 from finetune.data.examination import Finding
 from finetune.data.examples import Encoder
 from finetune.data.sources import open_stream_source
@@ -16,7 +18,7 @@ from finetune.errors import DataError, RecipeError, RunDirError
 from finetune.recipe import DataSection, DataSource, load_recipe
 from finetune.rundir import RunDir, read_json, read_jsonl
 from finetune.train import FindingsLists, train
-from tests.conftest import chat_row, write_rows
+from tests.conftest import chat_row, noise, write_rows
 
 
 @pytest.fixture(autouse=True)
@@ -26,15 +28,22 @@ def _small_window(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def make_stream(encoder: Encoder, tmp_path: Path) -> Callable[..., ExampleStream]:
-    """A stream of the files' rows; a row that asks `bad` is no row."""
+    """A stream of the files' rows, whole or as questions; one that asks `bad` is no row."""
 
-    def make(files: dict[str, list[str]], **settings: Any) -> ExampleStream:
+    def make(files: dict[str, list[Any]], **settings: Any) -> ExampleStream:
         sources = []
         weights = settings.pop("weights", [1.0] * len(files))
         for (name, questions), weight in zip(files.items(), weights, strict=True):
             write_rows(
                 tmp_path / f"{name}.jsonl",
-                [{"messages": []} if q == "bad" else chat_row(q, "x") for q in questions],
+                [
+                    q
+                    if isinstance(q, dict)
+                    else chat_row(q, "x")
+                    if q != "bad"
+                    else {"messages": []}
+                    for q in questions
+                ],
             )
             entry = DataSource(
                 path=str(tmp_path / f"{name}.jsonl"), format="chat", streaming=True, weight=weight
@@ -99,6 +108,30 @@ def test_going_on_from_a_position_gives_what_would_have_come(
     position = Position.from_json(unbroken[stop - 1].position.to_json())
     resumed = make_stream(files, weights=[2.0, 1.0], positions={0: position})
     assert wheres(islice(resumed, 90 - stop)) == wheres(iter(unbroken[stop:]))
+
+
+def test_a_changed_row_is_changed_the_same_way_after_going_on(
+    make_stream: Callable[..., ExampleStream], tmp_path: Path
+) -> None:
+    """Each draw is of the row's place in its stream: epochs differ, interrupted runs do not."""
+    noise(30, 40).save(tmp_path / "a.png")
+    rows = [chat_row(question, "x", "a.png") for question in names("q", 11)]
+    for row in rows:
+        row["messages"] += chat_row("more?", "y")["messages"]
+    augmentation = Augmentation(3.0, shuffle_turns=True, seed=0)
+    stream = make_stream({"a": rows}, augmentation=augmentation)
+    unbroken = list(islice(stream, 30))
+    shapes: dict[str, set[Any]] = {}
+    for item in unbroken:
+        seen = (item.example.views[0].shape, tuple(item.example.input_ids))
+        shapes.setdefault(item.example.where, set()).add(seen)
+    assert all(len(seen) > 1 for seen in shapes.values())
+    for stop in (1, 9, 14):
+        position = Position.from_json(unbroken[stop - 1].position.to_json())
+        stream.positions = {0: position}
+        for now, before in zip(islice(stream, 30 - stop), unbroken[stop:], strict=True):
+            assert now.example.input_ids == before.example.input_ids
+            assert np.array_equal(now.example.views[0], before.example.views[0])
 
 
 def test_rows_taken_are_rows_trained_plus_rows_listed(

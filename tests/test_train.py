@@ -160,6 +160,53 @@ def test_a_resumed_run_ends_as_the_unbroken_one(
     assert_same_run(broken, unbroken)
 
 
+def test_a_run_of_changing_rows_ends_the_same_when_resumed_and_with_more_processes(
+    dataset: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Pictures enlarged and turns shuffled, each epoch otherwise, the heaviest rows first."""
+    options = {"random_upscale": 2.0, "shuffle_turns": True}
+    training = {"max_steps": 6, "keep_checkpoints": 9}
+    recipe = dataset(adapter={"dropout": 0.2}, data=options, training=training)
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["messages"] += [
+            *chat_row("more?", "B1")["messages"],
+            *chat_row("else?", "C")["messages"],
+        ]
+    write_rows(tmp_path / "train.jsonl", rows)
+    runs = {name: RunDir(tmp_path / name) for name in ("unbroken", "run", "plain", "order")}
+    train(str(recipe), [f"output.dir={runs['unbroken'].path}"], worst_first=True)
+    train(str(recipe), ["training.num_workers=2"], worst_first=True)
+    assert_same_run(runs["run"], runs["unbroken"])
+    for step in (3, 4, 6):  # goes on from step 2, within the first epoch, without being told how
+        shutil.rmtree(runs["run"].checkpoints / f"checkpoint-{step}", ignore_errors=True)
+    write_jsonl(runs["run"].metrics, [m for m in read_jsonl(runs["run"].metrics) if m["step"] < 3])
+    assert train(str(recipe), ["training.num_workers=2"], resume=True) == 0
+    assert_same_run(runs["run"], runs["unbroken"])
+    # and both make a difference
+    as_it_is = ["data.random_upscale=1", "data.shuffle_turns=false"]
+    train(str(recipe), [*as_it_is, f"output.dir={runs['plain'].path}"], worst_first=True)
+    train(str(recipe), [*as_it_is, f"output.dir={runs['order'].path}"])
+    last = {read_jsonl(run.metrics)[-2]["loss"] for run in (runs["run"], runs["plain"])}
+    first = {read_jsonl(runs[name].metrics)[0]["loss"] for name in ("plain", "order")}
+    assert len(last) == len(first) == 2
+    # held-out rows are shown as they are: the base model answers them alike
+    bases = [json.loads(run.summary.read_text())["base"] for run in runs.values()]
+    assert all(base == bases[0] for base in bases)
+
+
+def test_the_heaviest_rows_first_cannot_be_asked_of_a_begun_run_or_of_a_stream(
+    dataset: Callable[..., Path],
+) -> None:
+    recipe = dataset(num_eval=0, training={"max_steps": 2})
+    streamed = ["data.train.0.streaming=true"]
+    with pytest.raises(RecipeError, match="--worst-first needs to know all rows"):
+        train(str(recipe), streamed, worst_first=True)
+    train(str(recipe))
+    with pytest.raises(RunDirError, match=r"was begun without --worst-first.*resume without it"):
+        train(str(recipe), resume=True, worst_first=True)
+
+
 def test_a_run_that_was_killed_in_its_evaluation_is_not_trained_further(
     dataset: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -377,8 +424,6 @@ def test_a_model_folder_without_weights_is_refused_before_anything_is_written(
 @pytest.mark.parametrize(
     "setting",
     [
-        "model.quantize=nf4",
-        "adapter.method=full",
         "training.packing=true",
         "training.vision_cache=1GiB",
     ],
@@ -393,7 +438,7 @@ def test_a_setting_that_is_not_built_yet_is_refused_rather_than_ignored(
 def test_a_tracker_that_is_not_installed_is_named_with_what_to_install(
     dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("finetune.train.find_spec", lambda _name: None)
+    monkeypatch.setattr("finetune.requirements.find_spec", lambda _name: None)
     with pytest.raises(RecipeError, match=r"output\.trackers: wandb.*pip install wandb"):
         train(str(dataset()), ["output.trackers=[wandb]"])
 
@@ -424,6 +469,7 @@ def test_a_mistake_is_one_message_without_a_traceback(
         (["train", str(recipe), "adapter.rnk=4"], "did you mean 'rank'"),
         (["train", str(recipe), "--resume"], "nothing to resume"),
         (["train", str(recipe), "--resume", "--overwrite"], "exclude each other"),
+        (["train", str(recipe), "--worst-first", "data.train.0.streaming=true"], "leave it out"),
         (["train", str(recipe)], "train.jsonl:4: image 'train3.png' is an empty file"),
         (["eval", str(tmp_path / "folder")], "recipe.yaml is missing"),
         (["chat", str(tmp_path / "nowhere"), "What?"], "no such run directory"),

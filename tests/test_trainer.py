@@ -99,6 +99,56 @@ def test_training_with_checkpointing_hooks_the_language_inputs_alone(
     assert len(base.get_input_embeddings()._forward_hooks) == 1
 
 
+class NotingCollator(Collator):
+    """Writes down the epoch in which it was asked for a training row, in whichever process."""
+
+    file: Path
+
+    def __call__(self, features: Any) -> Any:
+        with self.file.open("a") as file:
+            for feature in features:
+                if feature["row"] < 12:
+                    file.write(f"{self.sampler.epoch} {feature['row']}\n")  # type: ignore[union-attr]
+        return super().__call__(features)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_loading_process_knows_the_epoch_of_its_rows_also_in_a_resumed_run(
+    trainer: Callable[..., VisionSFTTrainer], tmp_path: Path, num_workers: int
+) -> None:
+    """An epoch is three steps of four rows; the checkpoint stands in the middle of the second."""
+
+    def rows_by_epoch(name: str, checkpoint: str | None) -> dict[int, list[int]]:
+        ours = trainer(max_steps=8, save_steps=4, num_workers=num_workers)
+        noting = NotingCollator(
+            ours.data_collator.encoder,  # type: ignore[union-attr]
+            ours.data_collator.rows,  # type: ignore[union-attr]
+            sampler=ours.sampler,
+        )
+        noting.file = tmp_path / name
+        ours.data_collator = noting
+        ours.train(resume_from_checkpoint=checkpoint)
+        asked: dict[int, list[int]] = {}
+        for line in noting.file.read_text().splitlines():
+            epoch, row = map(int, line.split())
+            asked.setdefault(epoch, []).append(row)
+        return asked
+
+    whole = rows_by_epoch("whole", None)
+    resumed = rows_by_epoch("resumed", str(tmp_path / "run" / "checkpoints" / "checkpoint-4"))
+    assert [sorted(whole[epoch]) for epoch in (0, 1)] == [list(range(12))] * 2
+    # workers may have been asked ahead for the rows of the third epoch's last step
+    assert set(whole) == {0, 1, 2}
+    assert set(resumed) == {1, 2}
+    assert sorted(resumed[1]) == sorted(set(range(12)) - set(drawn_first(4)))
+
+
+def drawn_first(count: int) -> list[int]:
+    sampler = EpochSampler([(12, 1.0)], seed=0)
+    sampler.set_epoch(1)
+    return list(sampler)[:count]
+
+
 def test_frozen_weights_stay_as_they_were(trainer: Callable[..., VisionSFTTrainer]) -> None:
     ours = trainer(learning_rate=0.05, max_steps=2, warmup_ratio=0)
     before = {n: p.detach().clone() for n, p in ours.model.named_parameters()}  # type: ignore[union-attr]

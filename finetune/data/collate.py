@@ -10,7 +10,9 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import get_worker_info
 
+from finetune.data.augment import Augmentation, Draws
 from finetune.data.examples import Encoder, Example
+from finetune.data.sampling import EpochSampler
 from finetune.data.sources import Row
 from finetune.errors import DataError
 from finetune.families.family import Family
@@ -72,11 +74,26 @@ def leave_interrupts_to_the_main_process() -> None:
 class Collator:
     """The trainer's collator: its dataset holds row numbers, and the rows are encoded here, in the
     loading process.
+
+    The first `num_train_rows` are shown as `augmentation` says, if there is one, the others as they
+    are. The epoch is the sampler's, which a loading process finds as it was when it started: each
+    epoch starts new ones.
     """
 
-    def __init__(self, encoder: Encoder, rows: Sequence[Row]):
+    def __init__(
+        self,
+        encoder: Encoder,
+        rows: Sequence[Row],
+        *,
+        augmentation: Augmentation | None = None,
+        sampler: EpochSampler | None = None,
+        num_train_rows: int = 0,
+    ):
         self.encoder = encoder
         self.rows = rows
+        self.augmentation = augmentation
+        self.sampler = sampler
+        self.num_train_rows = num_train_rows
 
     def __call__(self, features: Sequence[dict[str, int]]) -> dict[str, torch.Tensor]:
         """A batch of the rows whose numbers are given as `row`. Raises `DataError`, naming the
@@ -87,9 +104,15 @@ class Collator:
         for feature in features:
             row = self.rows[feature["row"]]
             try:
-                examples.append(self.encoder.encode(row))
+                examples.append(self.encoder.encode(row, self._draws(feature["row"])))
             except DataError as error:  # checked before training, so a file changed since
                 raise DataError(
                     f"{row.where}: {error} (it was checked, and changed since then)"
                 ) from error
         return collate(examples, self.encoder.processor, self.encoder.family)
+
+    def _draws(self, row: int) -> Draws | None:
+        if not self.augmentation or row >= self.num_train_rows:
+            return None
+        assert self.sampler, "an augmentation needs the epoch"
+        return self.augmentation.draws(self.sampler.epoch, row)

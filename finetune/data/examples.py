@@ -5,7 +5,7 @@ why a row cannot become one.
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +13,7 @@ from PIL import Image
 from xxhash import xxh3_64_intdigest
 
 from data_formats.chat import Conversation
+from finetune.data.augment import Draws, plan_enlarged
 from finetune.data.images import decode_image, load_image, page_of, read_image_file
 from finetune.data.render import Rendered, Renderer
 from finetune.data.shorten import Shortened, with_fewer_views, without_oldest_exchanges
@@ -105,14 +106,18 @@ class Encoder:
         """Renders for this processor."""
         return Renderer(self.processor, self.family)
 
-    def encode(self, row: Row) -> Example:
-        """The row with everything in it, to be learnt from. Raises `DataError`."""
-        return self.encode_fitted(row)[0]
+    def encode(self, row: Row, draws: Draws | None = None) -> Example:
+        """The row with everything in it, to be learnt from, as `draws` changes it, if there are
+        any. Raises `DataError`.
+        """
+        return self.encode_fitted(row, draws)[0]
 
-    def encode_fitted(self, row: Row) -> tuple[Example, Fitted]:
+    def encode_fitted(self, row: Row, draws: Draws | None = None) -> tuple[Example, Fitted]:
         """As `encode`, and what had to be done to the row for it to fit."""
         images = _load_images(row)
         fitted = self._fit(row.conversation, [image.size for image in images])
+        if draws:
+            fitted = self._augmented(fitted, draws)
         views = self._cut([images[i] for i in fitted.image_numbers], fitted.plans)
         rendered = fitted.rendered
         example = Example(row.where, rendered.input_ids, rendered.loss_mask, views, fitted.plans)
@@ -198,6 +203,43 @@ class Encoder:
                 kind, change = shorter.kind, shorter.change
                 return Fitted(shorter.conversation, numbers, kept, left, ids, kind, change)
         raise OverlongError(self._too_long(len(rendered.input_ids), conversation, plans))
+
+    def _augmented(self, fitted: Fitted, draws: Draws) -> Fitted:
+        """The row as drawn; where it would be too long so, without the pictures that cost more
+        tokens when enlarged; and where it still is, as it was. A shortened row is not enlarged.
+        """
+        conversation, order = draws.order(fitted.conversation)
+        own = [fitted.plans[i] for i in order]
+        sizes_px = [fitted.sizes_px[i] for i in order]
+        enlarged = own
+        if not fitted.kind:
+            factors = draws.factors(len(own))
+            enlarged = [
+                plan_enlarged(self._plan_of, size, plan, factors[i])
+                for i, size, plan in zip(order, sizes_px, own, strict=True)
+            ]
+        if conversation == fitted.conversation and enlarged == own:
+            return fitted
+        tokens = partial(self.family.num_image_tokens, self.processor)
+        as_long = [
+            after if tokens(after) <= tokens(before) else before
+            for before, after in zip(own, enlarged, strict=True)
+        ]
+        numbers = [fitted.image_numbers[i] for i in order]
+        for plans in (enlarged, as_long):
+            try:
+                rendered = self.renderer.render(conversation, plans)
+            except DataError:  # a template may accept the turns in their own order alone
+                break
+            if self.max_tokens is None or len(rendered.input_ids) <= self.max_tokens:
+                kind, change = fitted.kind, fitted.change
+                return Fitted(conversation, numbers, sizes_px, plans, rendered, kind, change)
+        return fitted
+
+    def _plan_of(self, width_px: int, height_px: int) -> ImagePlan:
+        return self.family.plan_image(
+            width_px, height_px, self.images, self.processor.image_processor
+        )
 
     def _ways_to_shorten(
         self, conversation: Conversation, sizes_px: Sequence[Size], plans: Sequence[ImagePlan]

@@ -3,13 +3,16 @@
 Both depend on seeds alone, so that a run can be repeated, resumed, and shared out over processes.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from torch.utils.data import Sampler
 from xxhash import xxh3_64_intdigest
 
-from finetune.errors import DataError
+from finetune.errors import DataError, RunDirError
+from finetune.recipe import TrainingSection
+from finetune.rundir import RunDir, read_json
 
 
 class EpochSampler(Sampler[int]):
@@ -17,12 +20,39 @@ class EpochSampler(Sampler[int]):
 
     A row of weight 2 comes twice an epoch; of rows of weight 0.5 half come, in the next epoch the
     other half. `spans` are (number of rows, weight), one a source, in the order of the rows.
+
+    With `heaviness` of the rows, the first epoch begins with the `num_heaviest_first` rows that are
+    the heaviest of those it has, the heaviest first; all others keep their order.
     """
 
-    def __init__(self, spans: Sequence[tuple[int, float]], seed: int):
+    def __init__(
+        self,
+        spans: Sequence[tuple[int, float]],
+        seed: int,
+        *,
+        heaviness: np.ndarray | None = None,
+        num_heaviest_first: int = 0,
+    ):
         self.spans = tuple(spans)
         self.seed = seed
+        self.heaviness = heaviness
+        self.num_heaviest_first = num_heaviest_first
         self.epoch = 0
+
+    @classmethod
+    def of_recipe(
+        cls, spans: Sequence[tuple[int, float]], training: TrainingSection, costs: np.ndarray | None
+    ) -> "EpochSampler":
+        """The sampler of a run; `costs`, an examination's counts, put the heaviest rows in front.
+
+        Those of a whole step and of the next one's first batch: only then does the optimizer's
+        state stand in memory beside a batch.
+        """
+        if costs is None:
+            return cls(spans, training.seed)
+        num_processes = int(os.environ.get("WORLD_SIZE") or 1)
+        num_first = training.batch_size * num_processes * (training.gradient_accumulation + 1)
+        return cls(spans, training.seed, heaviness=heaviness(costs), num_heaviest_first=num_first)
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch that the next iteration gives, from 0."""
@@ -40,12 +70,33 @@ class EpochSampler(Sampler[int]):
             number = _num_drawn(count, weight)
             drawn.append(order[np.arange(self.epoch * number, (self.epoch + 1) * number) % count])
             start += count
-        numbers = np.concatenate(drawn)
-        yield from (
-            np.random.default_rng([self.seed, len(self.spans), self.epoch])
-            .permutation(numbers)
-            .tolist()
+        rng = np.random.default_rng([self.seed, len(self.spans), self.epoch])
+        numbers = rng.permutation(np.concatenate(drawn))
+        if self.heaviness is not None and self.epoch == 0:
+            places = np.argsort(-self.heaviness[numbers], kind="stable")[: self.num_heaviest_first]
+            numbers = np.concatenate([numbers[places], np.delete(numbers, places)])
+        yield from numbers.tolist()
+
+
+def heaviness(counts: np.ndarray) -> np.ndarray:
+    """Ranks of rows by what they cost [rows]: by the pixels of their views, then by their tokens;
+    rows that cost the same have the same one. `counts` are an examination's.
+    """
+    cost = np.stack([counts["num_view_pixels"], counts["num_tokens"]], axis=1)
+    return np.unique(cost, axis=0, return_inverse=True)[1].reshape(-1)
+
+
+def was_worst_first(run: RunDir, *, asked: bool) -> bool:
+    """Whether a run was begun with its heaviest rows. Raises `RunDirError` where it is asked to be
+    and was not.
+    """
+    begun = bool(read_json(run.environment).get("worst_first"))
+    if asked and not begun:
+        raise RunDirError(
+            f"{run.path}: was begun without --worst-first, and its rows keep their order; "
+            "resume without it, or start a new run in another output.dir"
         )
+    return begun
 
 
 def _num_drawn(count: int, weight: float) -> int:

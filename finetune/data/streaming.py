@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from finetune.data.augment import Augmentation, Draws
 from finetune.data.collate import collate, leave_interrupts_to_the_main_process
 from finetune.data.examination import Finding
 from finetune.data.examples import Encoder, Example, OverlongError
@@ -62,7 +63,7 @@ class ExampleStream(IterableDataset[StreamedExample]):
     A source of weight 2 gives two rows for one of a source of weight 1, as long as both last; each
     row comes once an epoch. Bad and overlong rows raise `DataError`, or are left out and told of,
     as the recipe says. `rank` and `num_ranks` are those of the training process; `positions` are
-    where consumers go on, by their number.
+    where consumers go on, by their number. `augmentation` changes rows as they are shown.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class ExampleStream(IterableDataset[StreamedExample]):
         rank: int = 0,
         num_ranks: int = 1,
         positions: dict[int, Position] | None = None,
+        augmentation: Augmentation | None = None,
     ):
         self.sources = tuple(sources)
         self.encoder = encoder
@@ -85,6 +87,7 @@ class ExampleStream(IterableDataset[StreamedExample]):
         self.rank = rank
         self.num_ranks = num_ranks
         self.positions = positions or {}
+        self.augmentation = augmentation
 
     def __iter__(self) -> Iterator[StreamedExample]:
         worker = get_worker_info()
@@ -107,17 +110,26 @@ class ExampleStream(IterableDataset[StreamedExample]):
                 epoch_has_rows = False
                 continue
             num_taken += 1
-            example = self._encode(row, findings)
+            example = self._encode(row, self._draws(consumer, position), findings)
             if example:
                 yield StreamedExample(example, findings, num_taken, consumer, position)
                 findings, num_taken, epoch_has_rows = [], 0, True
 
-    def _encode(self, row: tuple[str, Row | DataError], findings: list[Finding]) -> Example | None:
+    def _draws(self, consumer: int, position: Position) -> Draws | None:
+        """Of a row by its place in what this consumer reads."""
+        if not self.augmentation:
+            return None
+        place = (consumer, sum(position.taken), position.in_window)
+        return self.augmentation.draws(position.epoch, *place)
+
+    def _encode(
+        self, row: tuple[str, Row | DataError], draws: Draws | None, findings: list[Finding]
+    ) -> Example | None:
         where, read = row
         try:
             if isinstance(read, DataError):
                 raise read
-            example, fitted = self.encoder.encode_fitted(read)
+            example, fitted = self.encoder.encode_fitted(read, draws)
         except DataError as error:
             overlong = isinstance(error, OverlongError)
             if not (self.skip_overlong if overlong else self.skip_bad):

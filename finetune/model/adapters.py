@@ -1,7 +1,9 @@
-"""LoRA on named parts of the model, by PEFT, in PEFT's own format."""
+"""LoRA and its kin on named parts of the model, by PEFT, in PEFT's own format."""
 
 import json
 import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,43 +11,186 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from finetune.errors import ModelError, RunDirError
-from finetune.families.family import Family
-from finetune.model.load import EMBEDDED
-from finetune.model.parts import target_pattern
+from finetune.families.family import Family, Part
+from finetune.model.parts import part_of, target_pattern
+from finetune.model.quantize import is_quantized
 from finetune.recipe import AdapterSection, Recipe
-from finetune.rundir import write_json
 
 IMAGE_SETTINGS = "image_settings.json"
 
 
-def add_adapter(model: Any, family: Family, adapter: AdapterSection, model_name: str) -> PeftModel:
+def add_adapter(
+    model: Any,
+    family: Family,
+    adapter: AdapterSection,
+    model_name: str,
+    *,
+    new_token_ids: Sequence[int] = (),
+) -> PeftModel:
     """The model with fresh adapters, in float32 whatever the base's dtype, and everything else
-    frozen.
+    frozen but the modules to save and the rows of new tokens.
 
-    Raises `ModelError` where a part's pattern matches no linear layer.
+    A mapping of ranks or alphas becomes PEFT's patterns. Raises `ModelError` where a part's pattern
+    matches no linear layer, or a name no module.
     """
     parts = family.parts_of(model.config)
+    whole = find_modules(model, adapter.modules_to_save, model_name)
+    _refuse_parts_without_layers(model, parts, adapter.parts, whole, model_name)
+    ranks, alphas = (
+        {part: _of(value, part) for part in adapter.parts}
+        for value in (adapter.rank, adapter.alpha)
+    )
+    patterns = {part: target_pattern([parts[part]]) for part in adapter.parts}
+    first = adapter.parts[0]
+    rows = _trained_rows(model, new_token_ids, whole)
+    config = LoraConfig(
+        r=ranks[first],
+        lora_alpha=alphas[first],
+        rank_pattern={patterns[p]: r for p, r in ranks.items() if r != ranks[first]},
+        alpha_pattern={patterns[p]: a for p, a in alphas.items() if a != alphas[first]},
+        lora_dropout=adapter.dropout,
+        use_dora=adapter.method == "dora",
+        use_rslora=adapter.method == "rslora",
+        target_modules=target_pattern(parts[part] for part in adapter.parts),
+        modules_to_save=whole or None,
+        trainable_token_indices=rows or None,
+    )
+    adapted = get_peft_model(model, config)
+    if any(name == name_of(model, model.get_output_embeddings()) for name in rows):
+        model.get_output_embeddings().bias = None  # TRL asks for it, and PEFT's wrapper has none
+    # PEFT leaves the modules to save in half precision, where small steps round to nothing
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return adapted  # type: ignore[return-value]  # PEFT declares its mixed model, too
+
+
+def _of(value: Any, part: str) -> Any:
+    """A setting of the recipe for one part: a number is for all."""
+    return value[part] if isinstance(value, dict) else value
+
+
+def _refuse_parts_without_layers(
+    model: Any,
+    parts: Mapping[str, Part],
+    names: Sequence[str],
+    whole: Sequence[str],
+    model_name: str,
+) -> None:
     linears = [
         name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
     ]
-    for part in adapter.parts:
+    for part in names:
         pattern = re.compile(target_pattern([parts[part]]))
-        if not any(pattern.fullmatch(name) for name in linears):
+        matched = [name for name in linears if pattern.fullmatch(name)]
+        if not matched:
             raise ModelError(
                 f"adapter.parts: no linear layer of {model_name} matches {part!r} "
                 f"({', '.join(parts[part].prefixes)}); the checkpoint is laid out "
                 "differently"
             )
-    config = LoraConfig(
-        r=adapter.rank,
-        lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # declared whole, used as a factor
-        lora_dropout=adapter.dropout,
-        use_dora=adapter.method == "dora",
-        use_rslora=adapter.method == "rslora",
-        target_modules=target_pattern(parts[part] for part in adapter.parts),
-    )
-    adapted = get_peft_model(model, config)  # adapters of half-precision bases become float32 here
-    return adapted  # type: ignore[return-value]  # PEFT declares its mixed model, too
+        if all(any(f"{name}.".startswith(f"{each}.") for each in whole) for name in matched):
+            raise ModelError(
+                f"adapter.parts: all of {part!r} is in adapter.modules_to_save, where it is "
+                "trained whole; leave it out of one of them"
+            )
+
+
+def _trained_rows(model: Any, ids: Sequence[int], whole: Sequence[str]) -> dict[str, list[int]]:
+    """The rows that new tokens have in embeddings and head, by the names of these; a table that is
+    trained whole needs none.
+    """
+    if not ids:
+        return {}
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = [name_of(model, table) for table in tables]
+    return {name: list(ids) for name in names if name and name not in whole}
+
+
+def find_modules(model: Any, names: Iterable[str], model_name: str) -> list[str]:
+    """Full names of the modules to save, each given by its name or the end of it, from a dot on.
+
+    Modules inside others that are named too are left out. Raises `ModelError` that lists the names
+    which mean nothing, or quantised weights.
+    """
+    modules = dict(model.named_modules())
+    found: list[str] = []
+    unknown = []
+    for name in names:
+        meant = [each for each in modules if each == name or each.endswith(f".{name}")]
+        found += meant
+        if not meant:
+            unknown.append(name)
+    if unknown:
+        tops = sorted(each for each in modules if each and each.count(".") <= 1)
+        raise ModelError(
+            f"adapter.modules_to_save: {model_name} has no module called {', '.join(unknown)}; "
+            f"it has {', '.join(tops)} and those inside of them"
+        )
+    for name in found:
+        if any(is_quantized(module) for module in modules[name].modules()):
+            raise ModelError(
+                f"adapter.modules_to_save: {name} of {model_name} is quantised, and such weights "
+                "cannot be trained; leave it out, or set model.quantize: none"
+            )
+    return [
+        each
+        for each in dict.fromkeys(found)
+        if not any(each.startswith(f"{other}.") for other in found)
+    ]
+
+
+def name_of(model: torch.nn.Module, module: torch.nn.Module | None) -> str | None:
+    """Where a module stands in the model; None for None."""
+    return next((name for name, each in model.named_modules() if each is module), None)
+
+
+def part_of_weight(model: Any, family: Family) -> Callable[[str], str]:
+    """Gives the part of a weight by its name, wrapped by PEFT or not. What stands in neither vision
+    nor connector is of language: embeddings, norms, head.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    find = part_of(family, base.config)
+    return lambda name: find(name.removeprefix("base_model.model.")) or "language"
+
+
+def load_adapter(model: Any, folder: Path, recipe: Recipe) -> PeftModel:
+    """The base model with a saved adapter, for inference. Its vocabulary has the extra tokens.
+
+    Raises `RunDirError` where there is none, where it was trained with other image settings than
+    the recipe's, or where weights of it are missing.
+    """
+    refuse_unfinished(folder, "adapter_config.json", recipe)
+    with warnings.catch_warnings():
+        # with a warning alone PEFT leaves adapters random that it does not find
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        try:
+            return PeftModel.from_pretrained(model, folder)
+        except UserWarning as warning:
+            missing = re.findall(r"'([^']+)'", str(warning))
+            raise RunDirError(
+                f"{folder}: {len(missing)} weights of the adapter are missing and would be random, "
+                f"{missing[0]} first; it is not whole, or belongs to another model"
+            ) from warning
+
+
+def refuse_unfinished(folder: Path, file: str, recipe: Recipe) -> None:
+    """Raise `RunDirError` where what was trained is not there, or was trained with other image
+    settings than the recipe's.
+    """
+    if not (folder / file).is_file():
+        raise RunDirError(
+            f"{folder}: no adapter there; the run has not finished (finetune train ... --resume)"
+        )
+    settings_file = folder / IMAGE_SETTINGS
+    if settings_file.is_file():
+        trained = json.loads(settings_file.read_text(encoding="utf-8"))
+        if trained != recipe.images.model_dump():
+            raise RunDirError(
+                f"{folder}: was trained with images {trained}, but the recipe says "
+                f"{recipe.images.model_dump()}; "
+                "use the settings it was trained with"
+            )
 
 
 def require_grad_on_language_inputs_only(model: Any) -> None:
@@ -67,45 +212,6 @@ def require_grad_on_language_inputs_only(model: Any) -> None:
             ]
 
     model.enable_input_require_grads = enable_input_require_grads
-
-
-def save_adapter(model: PeftModel, processor: Any, recipe: Recipe, folder: Path) -> None:
-    """PEFT weights and configuration, the processor, and the image settings that the adapter was
-    trained with.
-    """
-    # The embeddings are never trained here; asking PEFT to look for them would ask the Hub for the
-    # base's vocabulary
-    model.save_pretrained(str(folder), save_embedding_layers=False)
-    if recipe.model.name == EMBEDDED:
-        # or else PEFT's configuration would name the folder in which the package happens to be
-        # installed
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        write_json(folder / "adapter_config.json", config | {"base_model_name_or_path": EMBEDDED})
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; `push` writes a real one
-    processor.save_pretrained(folder)
-    write_json(folder / IMAGE_SETTINGS, recipe.images.model_dump())
-
-
-def load_adapter(model: Any, folder: Path, recipe: Recipe) -> PeftModel:
-    """The base model with a saved adapter, for inference.
-
-    Raises `RunDirError` where there is none, or where it was trained with other image settings than
-    the recipe's.
-    """
-    if not (folder / "adapter_config.json").is_file():
-        raise RunDirError(
-            f"{folder}: no adapter there; the run has not finished (finetune train ... --resume)"
-        )
-    settings_file = folder / IMAGE_SETTINGS
-    if settings_file.is_file():
-        trained = json.loads(settings_file.read_text(encoding="utf-8"))
-        if trained != recipe.images.model_dump():
-            raise RunDirError(
-                f"{folder}: was trained with images {trained}, but the recipe says "
-                f"{recipe.images.model_dump()}; "
-                "use the settings it was trained with"
-            )
-    return PeftModel.from_pretrained(model, folder)
 
 
 def count_parameters(model: Any) -> tuple[int, int]:

@@ -204,7 +204,6 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
     logging.getLogger("trl").setLevel(logging.ERROR)
     logging.getLogger("accelerate").setLevel(logging.ERROR)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a faster kernel it did not find
 
 
 def _first_line(error: Exception) -> str:

@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Strict, Tag, WithJsonSchema
 
 from finetune.recipe.files import HUB_ID
@@ -39,14 +39,49 @@ Scheduler = Literal[
     "polynomial",
     "inverse_sqrt",
 ]
+# Those of transformers; a test holds the two lists equal.
 Optimizer = Literal[
     "adamw_torch",
     "adamw_torch_fused",
-    "adamw_bnb_8bit",
-    "paged_adamw_8bit",
-    "paged_adamw_32bit",
+    "adamw_torch_xla",
+    "adamw_torch_npu_fused",
     "adafactor",
+    "adamw_anyprecision",
+    "adamw_torch_4bit",
+    "adamw_torch_8bit",
+    "ademamix",
     "sgd",
+    "adagrad",
+    "adamw_bnb_8bit",
+    "adamw_8bit",
+    "ademamix_8bit",
+    "lion_8bit",
+    "lion_32bit",
+    "paged_adamw_32bit",
+    "paged_adamw_8bit",
+    "paged_ademamix_32bit",
+    "paged_ademamix_8bit",
+    "paged_lion_32bit",
+    "paged_lion_8bit",
+    "rmsprop",
+    "rmsprop_bnb",
+    "rmsprop_bnb_8bit",
+    "rmsprop_bnb_32bit",
+    "galore_adamw",
+    "galore_adamw_8bit",
+    "galore_adafactor",
+    "galore_adamw_layerwise",
+    "galore_adamw_8bit_layerwise",
+    "galore_adafactor_layerwise",
+    "lomo",
+    "adalomo",
+    "grokadamw",
+    "schedule_free_radam",
+    "schedule_free_adamw",
+    "schedule_free_sgd",
+    "apollo_adamw",
+    "apollo_adamw_layerwise",
+    "stable_adamw",
 ]
 
 PARTS: tuple[str, ...] = get_args(Part)
@@ -141,6 +176,8 @@ def _or_empty(value: Any) -> Any:
 PositiveNumber = Annotated[float, Gt(0), BeforeValidator(_number)]
 NonNegative = Annotated[float, Ge(0), BeforeValidator(_number)]
 Fraction = Annotated[float, Ge(0), Lt(1), BeforeValidator(_number)]
+# by more, a picture in memory for a moment may be larger than the memory
+Upscale = Annotated[float, Ge(1), Le(4), BeforeValidator(_number)]
 Count = Annotated[int, Ge(1)]
 Edge = Annotated[
     int,
@@ -164,8 +201,14 @@ SizeOrOff = Annotated[
 # Strict tuples would refuse the lists that YAML has.
 Listed = Annotated[tuple[Item, ...], Strict(False), BeforeValidator(_or_empty)]
 Chosen = Annotated[Listed[Item], AfterValidator(_no_repeats)]
+_by_part_or_number = Discriminator(lambda v: "by_part" if isinstance(v, dict) else "number")
 LearningRate = Annotated[
     Annotated[PositiveNumber, Tag("number")]
     | Annotated[dict[Part, PositiveNumber], Tag("by_part")],
-    Discriminator(lambda value: "by_part" if isinstance(value, dict) else "number"),
+    _by_part_or_number,
+]
+Alpha = LearningRate
+Rank = Annotated[
+    Annotated[Count, Tag("number")] | Annotated[dict[Part, Count], Tag("by_part")],
+    _by_part_or_number,
 ]

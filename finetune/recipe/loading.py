@@ -28,9 +28,10 @@ def recipe_warnings(recipe: Recipe) -> list[str]:
 
     A recipe written by `dump_recipe` sets every key, so ask about the user's own file.
     """
-    return [
+    idle = [
         f"{key} has no effect {why}" for key, why in _without_effect(recipe) if _is_set(recipe, key)
-    ] + list(_doubtful_evaluation(recipe))
+    ]
+    return [*idle, *_doubtful_training(recipe), *_doubtful_evaluation(recipe)]
 
 
 def _is_set(recipe: Recipe, key: str) -> bool:
@@ -43,11 +44,16 @@ def _is_set(recipe: Recipe, key: str) -> bool:
 def _without_effect(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """Each idle setting with the reason, whether the user made it or not."""
     method, training = recipe.adapter.method, recipe.training
-    idle = {"full": ("rank", "alpha", "dropout"), "frozen": ("rank", "alpha", "dropout", "parts")}
+    lora_only = ("rank", "alpha", "dropout")
+    idle = {"full": lora_only, "frozen": (*lora_only, "parts", "modules_to_save", "extra_tokens")}
     for name in idle.get(method, ()):
         yield f"adapter.{name}", f"with adapter.method: {method}"
+    if method == "full":
+        yield "adapter.modules_to_save", "with adapter.method: full; name their part in parts"
+        yield "training.lora_plus_ratio", "with adapter.method: full, which has no matrices A and B"
     if method == "frozen":
-        yield "training.learning_rate", "with adapter.method: frozen, which trains nothing"
+        for name in ("learning_rate", "lora_plus_ratio", "neftune_alpha", "optimizer"):
+            yield f"training.{name}", "with adapter.method: frozen, which trains nothing"
     if recipe.model.name == "nano" or Path(recipe.model.name).is_absolute():
         yield "model.revision", f"with model.name: {recipe.model.name}, which is not on the Hub"
     if training.batch_size * training.gradient_accumulation == 1:
@@ -71,6 +77,20 @@ def _without_effect(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield f"data.{name}", "without data.allow_urls: true"
     if not recipe.data.eval and not recipe.data.eval_fraction:
         yield "evaluation.*", "without data.eval: there are no held-out rows to judge"
+
+
+def _doubtful_training(recipe: Recipe) -> Iterator[str]:
+    optimizer = recipe.training.optimizer
+    if optimizer.endswith(("layerwise", "adalomo")) and recipe.adapter.method != "frozen":
+        yield (
+            f"training.optimizer: {optimizer} leaves its state out of checkpoints: a resumed run "
+            "does not end as an unbroken one"
+        )
+    if recipe.adapter.method == "pissa" and recipe.adapter.dropout:
+        yield (
+            "adapter.dropout with adapter.method: pissa leaves out the strongest directions of the "
+            "model's own weights at random; set adapter.dropout: 0"
+        )
 
 
 def _doubtful_evaluation(recipe: Recipe) -> Iterator[str]:

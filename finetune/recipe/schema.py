@@ -1,13 +1,13 @@
-"""The sections and fields of a recipe, and which settings exclude each other."""
+"""The sections and fields of a recipe."""
 
-from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from finetune.recipe.conflicts import conflicts
 from finetune.recipe.fields import (
-    PARTS,
+    Alpha,
     AutoOrOff,
     Chosen,
     Count,
@@ -23,14 +23,15 @@ from finetune.recipe.fields import (
     Part,
     PositiveNumber,
     Quantize,
+    Rank,
     Scheduler,
     Seed,
     SizeOrOff,
     Text,
     Tracker,
+    Upscale,
     num_bytes,
 )
-from finetune.recipe.messages import Problem
 
 
 class Section(BaseModel):
@@ -61,7 +62,7 @@ class ModelSection(Section):
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Number format of the weights. Adapters are always trained in float32."""
     quantize: Quantize = "none"
-    """Hold the base weights in 4 bits (nf4) or 8 bits (int8). Refused by this version, but none."""
+    """Hold the language weights in 4 bits (nf4) or 8 bits (int8); the rest stays as dtype says."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention kernel. auto takes the fastest one that the machine has."""
 
@@ -84,15 +85,19 @@ class AdapterSection(Section):
     """What is trained."""
 
     method: Literal["lora", "dora", "rslora", "pissa", "full", "frozen"] = "lora"
-    """Kind of adapter. This version trains lora, dora and rslora, and refuses the others."""
-    rank: Count = 8
-    """Width of the adapter matrices. Memory and capacity grow with it."""
-    alpha: PositiveNumber = 8
-    """Scale of the adapter's output. It is divided by rank, or by its square root with rslora."""
+    """Kind of adapter. full trains the weights themselves, frozen trains nothing: a baseline."""
+    rank: Rank = 8
+    """Width of the adapter matrices, or a mapping by part. Memory and capacity grow with it."""
+    alpha: Alpha = 8.0
+    """Scale of the adapter's output, or a mapping by part. Divided by rank (rslora: its root)."""
     dropout: Fraction = 0.1
     """Share of the adapter's inputs zeroed at random in training."""
     parts: Annotated[Chosen[Part], Field(min_length=1)] = ("language", "connector")
     """Parts of the model that are trained."""
+    modules_to_save: Chosen[Text] = ()
+    """Modules trained whole beside the adapters and saved with them, such as lm_head."""
+    extra_tokens: Chosen[Text] = ()
+    """Words added to the vocabulary as tokens of their own, trained and saved with the adapter."""
 
 
 class Columns(Section):
@@ -166,6 +171,10 @@ class DataSection(Section):
     """What an unreadable row does. skip counts and lists it."""
     overlong: Literal["stop", "skip", "drop_turns", "fewer_views"] = "stop"
     """What a row over max_tokens does. drop_turns and fewer_views shorten it, and list how."""
+    random_upscale: Upscale = 1.0
+    """Pictures of training rows are enlarged at random, by up to this factor. 1 leaves them."""
+    shuffle_turns: bool = False
+    """Show the exchanges of training rows in another order each time."""
     max_megapixels: PositiveNumber = 100
     """Larger pictures are bad rows. A small file may unpack to more than the memory holds."""
     pdf_dpi: Annotated[int, Field(ge=18, le=1200)] = 144
@@ -198,9 +207,13 @@ class TrainingSection(Section):
     gradient_accumulation: Count = 8
     """Passes per optimizer step. The batch is batch_size x gradient_accumulation x devices."""
     learning_rate: LearningRate = 1e-4
-    """Peak rate, or a mapping with one for each trained part (refused by this version)."""
+    """Peak rate, or a mapping with one for each trained part."""
+    lora_plus_ratio: PositiveNumber = 1
+    """The rate of every matrix B is this times that of A (LoRA+). 1 is plain LoRA."""
+    neftune_alpha: NonNegative = 0
+    """Noise on the embeddings of the text in training (NEFTune). 0 adds none; the paper has 5."""
     optimizer: Optimizer = "adamw_torch"
-    """Optimizer, by its transformers name. Names with bnb or paged need bitsandbytes."""
+    """Optimizer, by its transformers name. Many need a package, which is named if missing."""
     scheduler: Scheduler = "cosine"
     """Course of the learning rate after the warm-up, by its transformers name."""
     warmup_ratio: Fraction = 0.03
@@ -280,150 +293,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _holds_together(self) -> "Recipe":
-        if problems := list(_conflicts(self)):
+        if problems := list(conflicts(self)):
             lines = "; ".join(map(str, problems))
             raise PydanticCustomError("conflict", "{lines}", {"lines": lines, "problems": problems})
         return self
-
-
-def _conflicts(recipe: Recipe) -> Iterator[Problem]:
-    """Settings that are right one by one but not together."""
-    yield from _image_conflicts(recipe)
-    yield from _data_conflicts(recipe)
-    yield from _adapter_conflicts(recipe)
-    yield from _training_conflicts(recipe)
-
-
-def _conflict(text: str, *reads: str) -> Problem:
-    """A problem shown at the first of the keys it read."""
-    return Problem(tuple(reads[0].split(".")), text, reads)
-
-
-def _image_conflicts(recipe: Recipe) -> Iterator[Problem]:
-    images, model = recipe.images, recipe.model
-    if (
-        images.shortest_edge_px
-        and images.longest_edge_px
-        and images.shortest_edge_px > images.longest_edge_px
-    ):
-        yield _conflict(
-            f"{images.shortest_edge_px} is more than "
-            f"images.longest_edge_px: {images.longest_edge_px}",
-            "images.shortest_edge_px",
-            "images.longest_edge_px",
-        )
-    if model.attention == "flash_attention_2" and model.dtype == "float32":
-        yield _conflict(
-            "flash_attention_2 cannot work in float32; set model.dtype: bfloat16, "
-            "or model.attention: sdpa",
-            "model.attention",
-            "model.dtype",
-        )
-
-
-def _data_conflicts(recipe: Recipe) -> Iterator[Problem]:
-    data = recipe.data
-    if data.eval and data.eval_fraction:
-        yield _conflict("set either eval or eval_fraction, not both", "data.eval_fraction")
-    for part, sources in (("train", data.train), ("eval", data.eval)):
-        for number, source in enumerate(sources):
-            place = f"data.{part}.{number}"
-            if source.columns and source.format not in ("auto", "columns"):
-                yield _conflict(
-                    f"is for format: columns, and format is {source.format}; leave one out",
-                    f"{place}.columns",
-                )
-            if source.format == "columns" and not source.columns:
-                yield _conflict(
-                    "needs columns, such as columns: {image: scan, question: q, answer: a}",
-                    f"{place}.format",
-                )
-            if source.columns and not source.columns.question and not source.question:
-                yield _conflict(
-                    "names no question column; name one, or set question: to ask every row the "
-                    "same",
-                    f"{place}.columns",
-                )
-    streamed = [source for source in data.train if source.streaming]
-    if not streamed:
-        yield from _streamed_eval(recipe)
-        return
-    if len(streamed) < len(data.train):
-        yield _conflict("stream all entries or none: they cannot be mixed", "data.train")
-    if data.eval_fraction:
-        yield _conflict(
-            "needs all rows before training, and streamed ones come later; name data.eval, or "
-            "leave streaming out",
-            "data.eval_fraction",
-        )
-    if recipe.training.max_steps is None:
-        yield _conflict(
-            "streamed rows are not counted beforehand, so an epoch has no known length; set "
-            "training.max_steps",
-            "training.epochs",
-        )
-    yield from _streamed_eval(recipe)
-
-
-def _streamed_eval(recipe: Recipe) -> Iterator[Problem]:
-    for number, source in enumerate(recipe.data.eval):
-        if source.streaming:
-            yield _conflict(
-                "held-out rows are read whole; leave streaming out",
-                f"data.eval.{number}.streaming",
-            )
-
-
-def _adapter_conflicts(recipe: Recipe) -> Iterator[Problem]:
-    adapter, quantize = recipe.adapter, recipe.model.quantize
-    if quantize != "none" and adapter.method == "full":
-        yield _conflict(
-            f"full trains the weights themselves, which model.quantize: {quantize} freezes; "
-            "set adapter.method: lora, or model.quantize: none",
-            "adapter.method",
-            "model.quantize",
-        )
-    if quantize != "none" and adapter.method == "pissa":
-        yield _conflict(
-            f"pissa splits the exact weights, which model.quantize: {quantize} rounds; "
-            "set adapter.method: lora, or model.quantize: none",
-            "adapter.method",
-            "model.quantize",
-        )
-    if (
-        "vision" in adapter.parts
-        and adapter.method != "frozen"
-        and recipe.training.vision_cache != "off"
-    ):
-        yield _conflict(
-            "features of a vision part that is trained change at every step; "
-            "set it to off, or leave vision out of adapter.parts",
-            "training.vision_cache",
-            "adapter.parts",
-            "adapter.method",
-        )
-
-
-def _training_conflicts(recipe: Recipe) -> Iterator[Problem]:
-    training, parts = recipe.training, recipe.adapter.parts
-    if training.epochs is not None and training.max_steps is not None:
-        yield _conflict(
-            "set either max_steps or epochs, not both", "training.max_steps", "training.epochs"
-        )
-    if training.epochs is None and training.max_steps is None:
-        yield _conflict("set epochs or max_steps", "training.epochs", "training.max_steps")
-    if not isinstance(training.learning_rate, dict) or recipe.adapter.method == "frozen":
-        return
-    for part in PARTS:
-        if part in training.learning_rate and part not in parts:
-            text = (
-                f"has a rate for {part}, which is not trained; "
-                f"leave it out, or add {part} to adapter.parts"
-            )
-        elif part in parts and part not in training.learning_rate:
-            text = (
-                f"has no rate for {part}, which is trained; add one, or give one rate for all parts"
-            )
-        else:
-            continue
-        yield _conflict(text, "training.learning_rate", "adapter.parts")

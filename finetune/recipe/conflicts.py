@@ -1,0 +1,217 @@
+"""Which settings of a recipe exclude each other, though each is right alone."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from finetune.recipe.fields import PARTS
+from finetune.recipe.messages import Problem
+
+# They project the gradients of whole weight matrices, so there is nothing for them in an adapter.
+PROJECTING_OPTIMIZERS = ("galore", "apollo")
+# They step inside the backward pass, so that no gradient lives long.
+STEPPING_IN_BACKWARD = ("lomo", "adalomo", "layerwise")
+
+
+def conflicts(recipe: Any) -> Iterator[Problem]:
+    """Settings of a `Recipe` that are right one by one but not together."""
+    yield from _image_conflicts(recipe)
+    yield from _data_conflicts(recipe)
+    yield from _adapter_conflicts(recipe)
+    yield from _training_conflicts(recipe)
+    yield from _part_conflicts(recipe)
+    yield from _optimizer_conflicts(recipe)
+
+
+def _conflict(text: str, *reads: str) -> Problem:
+    """A problem shown at the first of the keys it read."""
+    return Problem(tuple(reads[0].split(".")), text, reads)
+
+
+def _image_conflicts(recipe: Any) -> Iterator[Problem]:
+    images, model = recipe.images, recipe.model
+    if (
+        images.shortest_edge_px
+        and images.longest_edge_px
+        and images.shortest_edge_px > images.longest_edge_px
+    ):
+        yield _conflict(
+            f"{images.shortest_edge_px} is more than "
+            f"images.longest_edge_px: {images.longest_edge_px}",
+            "images.shortest_edge_px",
+            "images.longest_edge_px",
+        )
+    if model.attention == "flash_attention_2" and model.dtype == "float32":
+        yield _conflict(
+            "flash_attention_2 cannot work in float32; set model.dtype: bfloat16, "
+            "or model.attention: sdpa",
+            "model.attention",
+            "model.dtype",
+        )
+
+
+def _data_conflicts(recipe: Any) -> Iterator[Problem]:
+    data = recipe.data
+    if data.eval and data.eval_fraction:
+        yield _conflict("set either eval or eval_fraction, not both", "data.eval_fraction")
+    for part, sources in (("train", data.train), ("eval", data.eval)):
+        for number, source in enumerate(sources):
+            place = f"data.{part}.{number}"
+            if source.columns and source.format not in ("auto", "columns"):
+                yield _conflict(
+                    f"is for format: columns, and format is {source.format}; leave one out",
+                    f"{place}.columns",
+                )
+            if source.format == "columns" and not source.columns:
+                yield _conflict(
+                    "needs columns, such as columns: {image: scan, question: q, answer: a}",
+                    f"{place}.format",
+                )
+            if source.columns and not source.columns.question and not source.question:
+                yield _conflict(
+                    "names no question column; name one, or set question: to ask every row the "
+                    "same",
+                    f"{place}.columns",
+                )
+    streamed = [source for source in data.train if source.streaming]
+    if not streamed:
+        yield from _streamed_eval(recipe)
+        return
+    if len(streamed) < len(data.train):
+        yield _conflict("stream all entries or none: they cannot be mixed", "data.train")
+    if data.eval_fraction:
+        yield _conflict(
+            "needs all rows before training, and streamed ones come later; name data.eval, or "
+            "leave streaming out",
+            "data.eval_fraction",
+        )
+    if recipe.training.max_steps is None:
+        yield _conflict(
+            "streamed rows are not counted beforehand, so an epoch has no known length; set "
+            "training.max_steps",
+            "training.epochs",
+        )
+    yield from _streamed_eval(recipe)
+
+
+def _streamed_eval(recipe: Any) -> Iterator[Problem]:
+    for number, source in enumerate(recipe.data.eval):
+        if source.streaming:
+            yield _conflict(
+                "held-out rows are read whole; leave streaming out",
+                f"data.eval.{number}.streaming",
+            )
+
+
+def _adapter_conflicts(recipe: Any) -> Iterator[Problem]:
+    adapter, quantize = recipe.adapter, recipe.model.quantize
+    if quantize != "none" and adapter.method == "full":
+        yield _conflict(
+            f"full trains the weights themselves, which model.quantize: {quantize} freezes; "
+            "set adapter.method: lora, or model.quantize: none",
+            "adapter.method",
+            "model.quantize",
+        )
+    if quantize != "none" and adapter.method == "pissa":
+        yield _conflict(
+            f"pissa splits the exact weights, which model.quantize: {quantize} rounds; "
+            "set adapter.method: lora, or model.quantize: none",
+            "adapter.method",
+            "model.quantize",
+        )
+    if adapter.method == "frozen" and not recipe.data.eval and not recipe.data.eval_fraction:
+        yield _conflict(
+            "frozen trains nothing, and without data.eval there is nothing to judge either; "
+            "name held-out rows there, or set adapter.method: lora",
+            "adapter.method",
+            "data.eval",
+            "data.eval_fraction",
+        )
+    if adapter.method == "full" and adapter.extra_tokens and "language" not in adapter.parts:
+        yield _conflict(
+            "are rows of the language part, which is not trained; add language to adapter.parts",
+            "adapter.extra_tokens",
+            "adapter.method",
+            "adapter.parts",
+        )
+    if (
+        "vision" in adapter.parts
+        and adapter.method != "frozen"
+        and recipe.training.vision_cache != "off"
+    ):
+        yield _conflict(
+            "features of a vision part that is trained change at every step; "
+            "set it to off, or leave vision out of adapter.parts",
+            "training.vision_cache",
+            "adapter.parts",
+            "adapter.method",
+        )
+
+
+def _training_conflicts(recipe: Any) -> Iterator[Problem]:
+    training = recipe.training
+    if training.epochs is not None and training.max_steps is not None:
+        yield _conflict(
+            "set either max_steps or epochs, not both", "training.max_steps", "training.epochs"
+        )
+    if training.epochs is None and training.max_steps is None:
+        yield _conflict("set epochs or max_steps", "training.epochs", "training.max_steps")
+
+
+def _part_conflicts(recipe: Any) -> Iterator[Problem]:
+    """Mappings by part that do not name exactly the parts that are trained."""
+    adapter, rate = recipe.adapter, recipe.training.learning_rate
+    mappings = [("training.learning_rate", "rate", rate)] if adapter.method != "frozen" else []
+    if adapter.method not in ("full", "frozen"):
+        mappings += [
+            ("adapter.rank", "rank", adapter.rank),
+            ("adapter.alpha", "alpha", adapter.alpha),
+        ]
+    for key, what, values in mappings:
+        if not isinstance(values, dict):
+            continue
+        for part in PARTS:
+            if part in values and part not in adapter.parts:
+                text = (
+                    f"names {part}, which is not trained; "
+                    f"leave it out, or add {part} to adapter.parts"
+                )
+            elif part in adapter.parts and part not in values:
+                text = (
+                    f"has no {what} for {part}, which is trained; add one, or give one {what} "
+                    "for all parts"
+                )
+            else:
+                continue
+            yield _conflict(text, key, "adapter.parts")
+
+
+def _optimizer_conflicts(recipe: Any) -> Iterator[Problem]:
+    training, method = recipe.training, recipe.adapter.method
+    name = training.optimizer
+    if method == "frozen":
+        return
+    projecting = name.startswith(PROJECTING_OPTIMIZERS)
+    in_backward = name.endswith(STEPPING_IN_BACKWARD)
+    if projecting and method != "full":
+        yield _conflict(
+            f"{name} makes the training of whole weights cheaper, which adapter.method: {method} "
+            "does not do; set adapter.method: full, or training.optimizer: adamw_torch",
+            "training.optimizer",
+            "adapter.method",
+        )
+    if in_backward and training.gradient_accumulation > 1:
+        yield _conflict(
+            f"{name} steps in every backward pass, so it cannot gather gradients; "
+            "set training.gradient_accumulation: 1",
+            "training.optimizer",
+            "training.gradient_accumulation",
+        )
+    several = isinstance(training.learning_rate, dict) or training.lora_plus_ratio != 1
+    if several and (projecting or in_backward):
+        yield _conflict(
+            f"{name} has one rate for all weights; give one training.learning_rate, "
+            "and leave lora_plus_ratio out",
+            "training.optimizer",
+            "training.learning_rate",
+            "training.lora_plus_ratio",
+        )
