@@ -25,15 +25,16 @@ on that line, and from any line above it in this list; never from a line below.
     data.collate  data.streaming
     model  model.parts  model.quantize  model.load  model.vocabulary  model.adapters
     model.pissa  model.methods  model.optimizer  model.generate
+    model.tracing  model.kernels  model.memory  model.planned
     metrics.text  metrics
     environment
     charts  report
     checking  check_page  preview_page
     findings  callbacks  trainer
-    judging  preparation
+    judging  preparation  planning
     requirements  resuming
     tables
-    train  evaluate  chat  check  preview  convert
+    train  evaluate  chat  check  preview  convert  plan
     cli
     __main__
 """

@@ -131,6 +131,32 @@ def preview(
 
 
 @app.command()
+def plan(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    gpu: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory of one card: 24GiB, 80GB.")
+    ] = None,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Plan for a run without a GPU.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a run would take, without weights: parameters, steps, arithmetic, memory."""
+    if gpu and cpu:
+        raise RecipeError("--gpu and --cpu exclude each other; give one of them")
+    from finetune.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    from finetune.plan import plan as run_plan
+    from finetune.plan import print_plan
+
+    result = run_plan(loaded, gpu=gpu, device="cpu" if cpu else "cuda")
+    if as_json:
+        print(json.dumps(result.to_json()))
+    else:
+        print_plan(result)
+
+
+@app.command()
 def convert(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A data file or folder.")],
     out: Annotated[Path, typer.Option(help="The .jsonl file to write; never overwritten.")],
