@@ -316,7 +316,10 @@ def _run_trainer(
     """Train; the trainer, whose step falls short of its last one where a signal stopped it."""
     metrics, display = MetricsFile(run), ProgressDisplay(console)
     rows = prepared.train.rows if prepared.train else Rows((), np.zeros(0, np.int64))
-    held_out = prepared.held_out
+    both = rows
+    if prepared.held_out:
+        # those that are judged: the loss of all of a large set would be computed again and again
+        both = rows + prepared.held_out.rows[: prepared.recipe.evaluation.max_rows]
     sampler = EpochSampler.of_recipe(
         prepared.train.spans() if prepared.train else [],
         prepared.recipe.training,
@@ -327,7 +330,7 @@ def _run_trainer(
         training_arguments(prepared.recipe, run, num_eval_rows=prepared.num_held_out),
         Collator(
             prepared.encoder,
-            rows + held_out.rows if held_out else rows,
+            both,
             augmentation=Augmentation.of_recipe(prepared.recipe),
             sampler=sampler,
             num_train_rows=len(rows),
