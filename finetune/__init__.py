@@ -31,7 +31,7 @@ on that line, and from any line above it in this list; never from a line below.
     charts  report
     checking  check_page  preview_page
     findings  callbacks  trainer
-    judging  preparation  planning
+    judging  preparation  planning  fitting
     requirements  resuming
     tables
     train  evaluate  chat  check  preview  convert  plan

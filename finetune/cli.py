@@ -140,7 +140,9 @@ def plan(
     cpu: Annotated[bool, typer.Option("--cpu", help="Plan for a run without a GPU.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a run would take, without weights: parameters, steps, arithmetic, memory."""
+    """Say what a run would take, without weights: parameters, steps, arithmetic, memory. Exit 2 if
+    that does not fit on the card.
+    """
     if gpu and cpu:
         raise RecipeError("--gpu and --cpu exclude each other; give one of them")
     from finetune.recipe import load_recipe
@@ -154,6 +156,7 @@ def plan(
         print(json.dumps(result.to_json()))
     else:
         print_plan(result)
+    raise typer.Exit(2 if result.fits is False else 0)
 
 
 @app.command()

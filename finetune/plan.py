@@ -9,10 +9,11 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune.errors import RecipeError
+from finetune.fitting import Way, ways_to_fit
 from finetune.model.kernels import Device
 from finetune.model.load import quiet_libraries
 from finetune.model.memory import TERMS
-from finetune.planning import CUDA_CONTEXT_BYTES, Plan, Planner, Way, gib
+from finetune.planning import CUDA_CONTEXT_BYTES, Plan, Planner, gib
 from finetune.preparation import counted
 from finetune.recipe import Recipe, recipe_warnings
 from finetune.recipe.fields import num_bytes
@@ -82,7 +83,7 @@ def plan(
     """
     console = console or messages_console()
     quiet_libraries()
-    gpu_bytes = num_bytes(gpu) if gpu else None
+    gpu_bytes = None if gpu is None else num_bytes(gpu)
     if gpu_bytes == 0:
         raise RecipeError(f"--gpu: expected a size such as 24GiB or 80GB, found {gpu!r}")
     for warning in recipe_warnings(recipe):
@@ -93,7 +94,7 @@ def plan(
     ways: list[Way] = []
     if gpu_bytes and planned.needed_bytes > gpu_bytes:
         console.print("it does not fit; trying other settings")
-        ways = list(planner.ways_to_fit(planned, gpu_bytes))
+        ways = ways_to_fit(planner, gpu_bytes)
     return PlanResult(planned, gpu_bytes, ways)
 
 

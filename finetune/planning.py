@@ -8,26 +8,24 @@ meta device, and one step of the mean and of the heaviest batch is followed thro
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
 from rich.console import Console
 
 from finetune.data.collate import Collator
 from finetune.data.examples import Encoder, RowCounts
-from finetune.data.sampling import EpochSampler
+from finetune.data.sampling import EpochSampler, heaviest_batches
 from finetune.data.sources import Row
-from finetune.errors import DataError, ModelError
+from finetune.errors import DataError
 from finetune.model.kernels import Device
-from finetune.model.load import load_processor
 from finetune.model.memory import StepMemory
 from finetune.model.planned import Parameters, PlannedModel
 from finetune.preparation import cache_of, load_encoder, open_streams, prepare_rows
-from finetune.recipe import ImagesSection, Recipe
+from finetune.recipe import Recipe
 
 # What the driver and CUDA's own libraries hold on a card beside torch's tensors. It differs between
 # cards and versions; `scripts/bench_gpu.py` reports it as the difference to what the card says.
@@ -58,21 +56,14 @@ class RowCosts:
         return self._first(np.argsort(distance, kind="stable"), number)
 
     def heaviest(self, number: int) -> list[list[int]]:
-        """Batches of this many rows one of which is the heaviest that there can be: those of most
-        tokens, those of most pixels, and both together, since rows are padded to the longest and
-        views to the largest of their batch.
+        """Batches of this many rows, from few rows again and again, one of which is the heaviest
+        that there can be; without those of the same tokens and pixels as one before.
         """
         table = self._table()
-        longest = np.argsort(-table[:, 0], kind="stable")
-        largest = np.argsort(-table[:, 1], kind="stable")
-        mixed = [x for pair in zip(longest[:number], largest[:number], strict=True) for x in pair]
-        batches = [self._first(order, number) for order in (longest, largest)]
-        if number > 1:
-            batches.append(self._first(np.array(list(dict.fromkeys(mixed))), number))
         alike: dict[tuple[Any, ...], list[int]] = {}
-        for batch in batches:
+        for batch in heaviest_batches(self.counts, number):
             alike.setdefault(tuple(map(tuple, table[sorted(batch)].tolist())), batch)
-        return list(alike.values())
+        return [self._first(np.array(batch), number) for batch in alike.values()]
 
     def _table(self) -> np.ndarray:
         return np.stack(
@@ -103,16 +94,6 @@ class BatchPlan:
             "peak_at": self.memory.peak_at,
             "terms": {term: gib(size) for term, size in self.memory.terms.items()},
         }
-
-
-@dataclass(frozen=True)
-class Way:
-    """Changed settings, what they cost in words, and what the heaviest batch then takes."""
-
-    settings: Mapping[str, Any]
-    costs: str
-    peak_bytes: int
-    fits: bool
 
 
 @dataclass(frozen=True)
@@ -249,118 +230,11 @@ class Planner:
         )
 
     def varied(self, recipe: Recipe) -> "Planner":
-        """Plans another recipe on the rows counted for this one."""
+        """Plans another recipe on the rows counted for this one. Raises `ModelError`."""
         encoder = self.encoder
         if recipe.images != self.recipe.images:
-            processor, images = load_processor(recipe.model, recipe.images)
-            encoder = Encoder.of_recipe(processor, encoder.family, images, recipe.data)
+            encoder = load_encoder(recipe, Console(quiet=True))
         return Planner(recipe, encoder, self.rows, self.device)
-
-    def ways_to_fit(self, plan: Plan, limit_bytes: int) -> Iterator[Way]:
-        """Settings under which the heaviest batch would fit, the cheapest first: single ones, and
-        where none is enough, several together, as many as it takes.
-        """
-        helpful: list[tuple[dict[str, Any], str]] = []
-        found = False
-        for group in self._savings():
-            best = None
-            for settings, cost in group:
-                peak = self._peak_with(settings, limit_bytes)
-                if peak is None or peak >= plan.needed_bytes:
-                    continue
-                best = (settings, cost)
-                if peak <= limit_bytes:
-                    found = True
-                    yield Way(settings, cost, peak, True)
-                    break
-            if best:
-                helpful.append(best)
-        together: dict[str, Any] = {}
-        costs: list[str] = []
-        way = None
-        for settings, cost in helpful if not found else ():
-            together, costs = together | settings, [*costs, cost]
-            if (peak := self._peak_with(together, limit_bytes)) is not None:
-                way = Way(together, "; ".join(dict.fromkeys(costs)), peak, peak <= limit_bytes)
-            if way and way.fits:
-                break
-        if way:
-            yield way
-
-    def _peak_with(self, settings: Mapping[str, Any], limit_bytes: int) -> int | None:
-        """Bytes needed with other settings, at least where they are over the limit; None where the
-        settings exclude each other.
-        """
-        changed = with_settings(self.recipe, settings)
-        if changed is None:
-            return None
-        try:
-            planner = self.varied(changed)
-        except ModelError:  # image settings that the model has no use for
-            return None
-        if changed.model == self.recipe.model and changed.adapter == self.recipe.adapter:
-            planner.model = self.model.with_training(changed)
-        peak = 0
-        for numbers in self.rows.heaviest(changed.training.batch_size):
-            try:
-                memory = planner.batch(numbers).memory
-            except (DataError, ModelError):
-                return None
-            peak = max(peak, needed_bytes(memory, self.device))
-            if peak > limit_bytes:
-                break
-        return peak
-
-    def _savings(self) -> Iterator[list[tuple[dict[str, Any], str]]]:
-        """Settings that take less memory and what they cost, the least costly first; a list holds
-        values of the same settings, of which one is chosen.
-        """
-        recipe, training, adapter = self.recipe, self.recipe.training, self.recipe.adapter
-        samples = training.batch_size * training.gradient_accumulation
-        yield [
-            (
-                {"training.batch_size": size, "training.gradient_accumulation": samples // size},
-                "the same training, a little slower",
-            )
-            for size in range(training.batch_size - 1, 0, -1)
-            if samples % size == 0
-        ]
-        if not training.gradient_checkpointing:
-            slower = "the same training, about a third slower"
-            yield [({"training.gradient_checkpointing": True}, slower)]
-        if adapter.method == "full" and not training.optimizer.startswith("paged"):
-            yield [({"training.optimizer": "paged_adamw_8bit"}, "a rounded optimizer state")]
-        if recipe.model.quantize == "none":
-            yield [({"model.quantize": "nf4"}, "rounded weights, slower steps")]
-        yield from self._smaller_images()
-        if adapter.method == "full":
-            yield [({"adapter.method": "lora"}, "fewer weights learn")]
-        elif max(adapter.rank.values() if isinstance(adapter.rank, dict) else [adapter.rank]) > 8:
-            yield [({"adapter.rank": 8}, "the adapter learns less")]
-
-    def _smaller_images(self) -> Iterator[list[tuple[dict[str, Any], str]]]:
-        images, config = self.recipe.images, self.model.config
-        if images.split == "always" and "auto" in self.encoder.family.split_choices:
-            yield [({"images.split": "auto"}, "small pictures lose detail")]
-        cheaper = list(self.encoder.family.cheaper_images(images))
-        few = [*cheaper[: -1 : len(cheaper) // 4 + 1], *cheaper[-1:]]
-        yield [(_changed_images(images, each), "small print is lost") for each in few]
-        edge, patch = images.longest_edge_px, getattr(config.vision_config, "patch_size", 14)
-        if edge and self.encoder.family.trained_edge_px(config):
-            lower = [int(edge * share) // patch * patch for share in (0.75, 0.5)]
-            shortest = images.shortest_edge_px or 1
-            smaller = [
-                images.model_copy(
-                    update={"longest_edge_px": each, "shortest_edge_px": min(each, shortest)}
-                )
-                for each in lower
-            ]
-            yield [(_changed_images(images, each), "small print is lost") for each in smaller]
-
-
-def _changed_images(before: ImagesSection, after: ImagesSection) -> dict[str, Any]:
-    old = before.model_dump()
-    return {f"images.{key}": x for key, x in after.model_dump().items() if x != old[key]}
 
 
 def count_rows(recipe: Recipe, encoder: Encoder, console: Console) -> RowCosts:
@@ -382,15 +256,3 @@ def count_rows(recipe: Recipe, encoder: Encoder, console: Console) -> RowCosts:
     for number, (_, found) in enumerate(usable):
         counts[number] = tuple(getattr(found, name) for name in _COSTS)
     return RowCosts([row for row, _ in usable], counts, None)
-
-
-def with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe | None:
-    """The recipe with some settings changed, by dotted name; None where they exclude each other."""
-    values = recipe.model_dump()
-    for name, value in settings.items():
-        section, _, key = name.partition(".")
-        values[section][key] = value
-    try:
-        return Recipe.model_validate(values)
-    except ValidationError:
-        return None

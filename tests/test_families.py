@@ -1,5 +1,6 @@
 """Every family against the library: the same facts, checkpoint by checkpoint."""
 
+import io
 import json
 import re
 from collections.abc import Callable
@@ -21,11 +22,17 @@ from finetune.data.render import Rendered
 from finetune.data.sources import Row
 from finetune.errors import DataError
 from finetune.evaluate import evaluate
-from finetune.model.adapters import add_adapter, count_parameters, load_adapter
+from finetune.model.adapters import (
+    add_adapter,
+    count_parameters,
+    load_adapter,
+    part_of_weight,
+)
 from finetune.model.generate import generate_answers
 from finetune.model.load import load_model, load_processor
 from finetune.model.parts import target_pattern
-from finetune.recipe import AdapterSection, ImagesSection, ModelSection, load_recipe
+from finetune.preparation import load_encoder
+from finetune.recipe import AdapterSection, ImagesSection, ModelSection, Recipe, load_recipe
 from finetune.recipe.fields import Part
 from finetune.rundir import RunDir, read_json, read_jsonl
 from finetune.train import train
@@ -132,9 +139,21 @@ def test_the_full_size_model_has_the_published_parameters_part_by_part(
     name: str, full_size: Callable[[str], Any]
 ) -> None:
     checkpoint, model = CHECKPOINTS[name], full_size(name)
-    assert checkpoint.parameters["total"] == count_parameters(model)[1]
-    parts = [checkpoint.parameters[part] for part in PARTS]
-    assert sum(parts) == checkpoint.parameters["total"]
+    part_of = part_of_weight(model, checkpoint.family)
+    counted = dict.fromkeys([*PARTS, "total"], 0)
+    for weight, parameter in model.named_parameters():
+        counted[part_of(weight)] += parameter.numel()
+        counted["total"] += parameter.numel()
+    assert counted == checkpoint.parameters
+
+
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_the_page_on_families_has_these_figures(name: str) -> None:
+    checkpoint, page = CHECKPOINTS[name], Path("docs/families.md").read_text(encoding="utf-8")
+    trained = checkpoint.lora["language", "connector"]
+    columns = ("vision", "connector", "language", "total")
+    figures = [*(checkpoint.parameters[part] for part in columns), trained]
+    assert f"| {' | '.join(f'{each:,}' for each in figures)} |" in page
 
 
 @pytest.mark.parametrize("name", FULL_SIZE)
@@ -254,6 +273,26 @@ def test_an_order_of_turns_that_the_template_refuses_is_a_bad_row(encoder: Encod
     first, second = encoder.renderer.render_many([(greeting, ()), (plain, ())])
     assert isinstance(first, DataError | Rendered)
     assert isinstance(second, Rendered)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("llava-1.5-7b", {"images.split", "data.random_upscale"}), ("idefics2-8b", set())],
+)
+def test_settings_that_a_family_has_no_use_for_are_told(
+    name: str, expected: set[str], section: ModelSection
+) -> None:
+    recipe = Recipe.model_validate(
+        {
+            "model": section,
+            "images": {"split": "always"},
+            "data": {"train": [{"hub": "user/name"}], "random_upscale": 2},
+        }
+    )
+    console = Console(record=True, width=200, quiet=False, file=io.StringIO())
+    load_encoder(recipe, console)
+    warnings = re.findall(r"warning: (\S+) has no effect", console.export_text())
+    assert set(warnings) == expected
 
 
 # The model

@@ -376,7 +376,7 @@ def parameters_of(family: Family, model: Any) -> dict[str, int]:
 
 
 @FULL_SIZE
-def test_full_size_parameters_are_those_of_the_hub(family: Family, module: Any) -> None:
+def test_full_size_parameters_are_as_noted(family: Family, module: Any) -> None:
     assert parameters_of(family, module.full_size()) == module.PARAMETERS
 
 
@@ -384,6 +384,6 @@ def test_full_size_parameters_are_those_of_the_hub(family: Family, module: Any) 
     ("name", "total"),
     [("SMOLVLM_2B", 2_246_272_880), ("SMOLVLM2_500M", 507_482_304), ("SMOLVLM2_256M", 256_484_928)],
 )
-def test_the_other_smolvlms_have_the_totals_of_the_hub(name: str, total: int) -> None:
+def test_the_other_smolvlms_have_these_totals(name: str, total: int) -> None:
     model = smolvlm.full_size(getattr(smolvlm, name))
     assert parameters_of(SMOLVLM, model)["total"] == total

@@ -35,9 +35,13 @@ def test_checkpointing_keeps_less_for_the_backward_pass() -> None:
     assert with_it.predicted.peak_bytes < 0.8 * without.predicted.peak_bytes
 
 
+# Every family with pictures, batches of two; scripts/bench_memory.py measures the other sizes, too
+IN_CI = [case for case in cases() if case.views and case.batch_size == 2]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", cases(), ids=str)
-def test_the_peak_of_every_case_is_predicted(case: Case) -> None:
+@pytest.mark.parametrize("case", IN_CI, ids=str)
+def test_the_peak_of_every_family_is_predicted(case: Case) -> None:
     assert abs(compare(case).error_above_rest) < CLAIMED
 
 

@@ -3,8 +3,14 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from finetune.data.sampling import EpochSampler, heaviness, hold_out
+from finetune.data.sampling import (
+    EpochSampler,
+    heaviest_batches,
+    heaviest_batches_first,
+    hold_out,
+)
 from finetune.errors import DataError
+from finetune.recipe import TrainingSection
 
 
 def epochs(sampler: EpochSampler, count: int) -> list[list[int]]:
@@ -55,14 +61,21 @@ def test_a_tiny_weight_still_draws_a_row() -> None:
     assert len(EpochSampler([(0, 1.0), (3, 1.0)], 0)) == 3
 
 
-def worst_first(spans: list[tuple[int, float]], num_first: int) -> EpochSampler:
-    """The higher its number, the heavier a row; two by two they are equal."""
-    ranks = np.arange(sum(count for count, _ in spans)) // 2
-    return EpochSampler(spans, 4, heaviness=ranks, num_heaviest_first=num_first)
+def costs_of(tokens: list[int], pixels: list[int]) -> np.ndarray:
+    counts = np.zeros(len(tokens), [("num_tokens", "u4"), ("num_view_pixels", "u8")])
+    counts["num_tokens"], counts["num_view_pixels"] = tokens, pixels
+    return counts
+
+
+def worst_first(spans: list[tuple[int, float]], num_batches: int) -> EpochSampler:
+    """In batches of 2; the higher its number, the heavier a row, two by two equal."""
+    ranks = [row // 2 for row in range(sum(count for count, _ in spans))]
+    costs = costs_of(ranks, ranks)
+    return EpochSampler(spans, 4, costs=costs, batch_size=2, num_heaviest_batches=num_batches)
 
 
 def test_the_first_epoch_begins_with_the_heaviest_rows_and_the_others_keep_their_order() -> None:
-    plain, heavy = (epochs(s, 3) for s in (EpochSampler([(40, 1.0)], 4), worst_first([(40, 1)], 6)))
+    plain, heavy = (epochs(s, 3) for s in (EpochSampler([(40, 1.0)], 4), worst_first([(40, 1)], 3)))
     assert [row // 2 for row in heavy[0][:6]] == [19, 19, 18, 18, 17, 17]
     assert heavy[0][6:] == [row for row in plain[0] if row < 34]
     assert heavy[1:] == plain[1:]
@@ -71,11 +84,11 @@ def test_the_first_epoch_begins_with_the_heaviest_rows_and_the_others_keep_their
 def test_every_row_is_drawn_as_often_with_the_heaviest_in_front() -> None:
     """Of rows of weight 0.5, only those whose turn it is come first."""
     spans = [(10, 2.0), (9, 1.3), (20, 0.5)]
-    plain, heavy = epochs(EpochSampler(spans, 4), 4), epochs(worst_first(spans, 7), 4)
+    plain, heavy = epochs(EpochSampler(spans, 4), 4), epochs(worst_first(spans, 4), 4)
     assert plain[0] != heavy[0]
     assert [Counter(drawn) for drawn in plain] == [Counter(drawn) for drawn in heavy]
-    top = sorted((row // 2 for row in plain[0]), reverse=True)[:7]
-    assert [row // 2 for row in heavy[0][:7]] == top
+    top = sorted((row // 2 for row in plain[0]), reverse=True)[:8]
+    assert [row // 2 for row in heavy[0][:8]] == top
 
 
 def test_fewer_rows_than_come_first_are_all_in_order() -> None:
@@ -83,11 +96,44 @@ def test_fewer_rows_than_come_first_are_all_in_order() -> None:
     assert [row // 2 for row in drawn] == [1, 1, 0, 0]
 
 
-def test_rows_are_heavy_by_their_pixels_and_then_by_their_tokens() -> None:
-    counts = np.zeros(5, [("num_tokens", "u4"), ("num_view_pixels", "u8")])
-    counts["num_view_pixels"] = [0, 700, 700, 90, 700]
-    counts["num_tokens"] = [9000, 10, 20, 5000, 20]
-    assert heaviness(counts).tolist() == [0, 2, 3, 1, 3]
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("gradient_accumulation", [1, 4])
+def test_a_long_row_of_few_pixels_is_among_the_first_batches(
+    batch_size: int, gradient_accumulation: int
+) -> None:
+    """Of all rows it has the fewest pixels, and a hundred times the tokens."""
+    costs = costs_of([40] * 20 + [3787], [12_100] * 20 + [11_000])
+    training = TrainingSection(batch_size=batch_size, gradient_accumulation=gradient_accumulation)
+    (drawn,) = epochs(EpochSampler.of_recipe([(21, 1.0)], training, costs), 1)
+    assert 20 in drawn[:batch_size]
+    assert sorted(drawn) == list(range(21))
+
+
+def test_the_heaviest_batches_are_the_mixed_the_longest_and_the_largest() -> None:
+    costs = costs_of([10, 50, 40, 20, 30], [900, 0, 0, 800, 100])
+    assert heaviest_batches(costs, 1) == [[1], [1], [0]]
+    assert heaviest_batches(costs, 2) == [[1, 0], [1, 2], [0, 3]]
+    assert heaviest_batches(costs, 9)[1:] == [[1, 2, 4, 3, 0], [0, 3, 4, 1, 2]]
+    assert sorted(heaviest_batches(costs, 9)[0]) == [0, 1, 2, 3, 4]
+
+
+def test_of_rows_with_as_many_pixels_the_longer_is_heavier() -> None:
+    costs = costs_of([10, 30, 20, 30], [700, 700, 700, 600])
+    assert heaviest_batches(costs, 3) == [[1, 3, 2], [1, 3, 2], [1, 2, 0]]
+
+
+def test_all_rows_of_the_heaviest_batches_come_before_any_other_row() -> None:
+    rng = np.random.default_rng(0)
+    costs = costs_of(*rng.integers(0, 1000, (2, 200)).tolist())
+    batches = heaviest_batches(costs, 8)
+    first = heaviest_batches_first(costs, 8, 3)
+    assert len(set(first)) == 24
+    assert first[:8] == batches[0]
+    assert {row for batch in batches for row in batch} <= set(first)
+    # what is taken goes on from there, as if the rows before had never been
+    left = np.delete(np.arange(200), first)
+    again = heaviest_batches_first(costs[left], 8, 3)
+    assert heaviest_batches_first(costs, 8, 6)[24:] == left[again].tolist()
 
 
 def keyed(keys_of_rows: list[list[int]]) -> tuple[int, np.ndarray, np.ndarray]:

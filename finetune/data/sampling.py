@@ -14,6 +14,9 @@ from finetune.errors import DataError, RunDirError
 from finetune.recipe import TrainingSection
 from finetune.rundir import RunDir, read_json
 
+NUM_HEAVIEST_KINDS = 3
+"""Batches that `heaviest_batches` gives: mixed, longest, largest."""
+
 
 class EpochSampler(Sampler[int]):
     """Row numbers of one epoch after the other, each in an order of its own.
@@ -21,8 +24,9 @@ class EpochSampler(Sampler[int]):
     A row of weight 2 comes twice an epoch; of rows of weight 0.5 half come, in the next epoch the
     other half. `spans` are (number of rows, weight), one a source, in the order of the rows.
 
-    With `heaviness` of the rows, the first epoch begins with the `num_heaviest_first` rows that are
-    the heaviest of those it has, the heaviest first; all others keep their order.
+    With `costs`, an examination's counts, the first epoch begins with the `num_heaviest_batches`
+    heaviest batches of `batch_size` of the rows it draws (`heaviest_batches_first`); all others
+    keep their order.
     """
 
     def __init__(
@@ -30,29 +34,36 @@ class EpochSampler(Sampler[int]):
         spans: Sequence[tuple[int, float]],
         seed: int,
         *,
-        heaviness: np.ndarray | None = None,
-        num_heaviest_first: int = 0,
+        costs: np.ndarray | None = None,
+        batch_size: int = 1,
+        num_heaviest_batches: int = 0,
     ):
         self.spans = tuple(spans)
         self.seed = seed
-        self.heaviness = heaviness
-        self.num_heaviest_first = num_heaviest_first
+        self.costs = costs
+        self.batch_size = batch_size
+        self.num_heaviest_batches = num_heaviest_batches
         self.epoch = 0
 
     @classmethod
     def of_recipe(
         cls, spans: Sequence[tuple[int, float]], training: TrainingSection, costs: np.ndarray | None
     ) -> "EpochSampler":
-        """The sampler of a run; `costs`, an examination's counts, put the heaviest rows in front.
+        """The sampler of a run; `costs`, an examination's counts, put heavy batches in front.
 
-        Those of a whole step and of the next one's first batch: only then does the optimizer's
-        state stand in memory beside a batch.
+        Those of a whole step, and one of each kind after it: only then does the optimizer's state
+        stand in memory beside a batch.
         """
         if costs is None:
             return cls(spans, training.seed)
         num_processes = int(os.environ.get("WORLD_SIZE") or 1)
-        num_first = training.batch_size * num_processes * (training.gradient_accumulation + 1)
-        return cls(spans, training.seed, heaviness=heaviness(costs), num_heaviest_first=num_first)
+        return cls(
+            spans,
+            training.seed,
+            costs=costs,
+            batch_size=training.batch_size * num_processes,
+            num_heaviest_batches=training.gradient_accumulation + NUM_HEAVIEST_KINDS,
+        )
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch that the next iteration gives, from 0."""
@@ -72,18 +83,50 @@ class EpochSampler(Sampler[int]):
             start += count
         rng = np.random.default_rng([self.seed, len(self.spans), self.epoch])
         numbers = rng.permutation(np.concatenate(drawn))
-        if self.heaviness is not None and self.epoch == 0:
-            places = np.argsort(-self.heaviness[numbers], kind="stable")[: self.num_heaviest_first]
+        if self.costs is not None and self.epoch == 0:
+            places = heaviest_batches_first(
+                self.costs[numbers], self.batch_size, self.num_heaviest_batches
+            )
             numbers = np.concatenate([numbers[places], np.delete(numbers, places)])
         yield from numbers.tolist()
 
 
-def heaviness(counts: np.ndarray) -> np.ndarray:
-    """Ranks of rows by what they cost [rows]: by the pixels of their views, then by their tokens;
-    rows that cost the same have the same one. `counts` are an examination's.
+def heaviest_batches(counts: np.ndarray, batch_size: int) -> list[list[int]]:
+    """Batches one of which is the heaviest that rows of these counts can make, a kind after the
+    other: mixed of the longest and the largest, since rows are padded to the longest of their batch
+    and views to the largest; the rows of most tokens; the rows of most pixels.
+
+    `counts` are an examination's. A batch holds a row once, and all rows where there are fewer.
     """
-    cost = np.stack([counts["num_view_pixels"], counts["num_tokens"]], axis=1)
-    return np.unique(cost, axis=0, return_inverse=True)[1].reshape(-1)
+    longest, largest = (order[:batch_size] for order in _by_cost(counts))
+    mixed = [row for pair in zip(longest, largest, strict=True) for row in pair]
+    return [list(dict.fromkeys(mixed))[:batch_size], longest, largest]
+
+
+def heaviest_batches_first(counts: np.ndarray, batch_size: int, num_batches: int) -> list[int]:
+    """Rows of the heaviest batches, one batch after the other: of the kinds of `heaviest_batches`
+    in turn, each of the rows that those before it left.
+
+    A row can be in one batch alone. The mixed one comes first, whole: it alone holds the longest
+    and the largest row together, while the others find rows nearly as heavy.
+    """
+    num_rows = batch_size * num_batches
+    # No batch needs rows beyond these, and examinations have millions
+    left = np.unique([row for order in _by_cost(counts) for row in order[:num_rows]])
+    first: list[int] = []
+    for turn in range(num_batches):
+        if not len(left):
+            break
+        batch = heaviest_batches(counts[left], batch_size)[turn % NUM_HEAVIEST_KINDS]
+        first += left[batch].tolist()
+        left = np.delete(left, batch)
+    return first
+
+
+def _by_cost(counts: np.ndarray) -> tuple[list[int], list[int]]:
+    """All rows by tokens and by pixels, the most first; where one is equal the other decides."""
+    tokens, pixels = (-counts[name].astype(np.int64) for name in ("num_tokens", "num_view_pixels"))
+    return np.lexsort((pixels, tokens)).tolist(), np.lexsort((tokens, pixels)).tolist()
 
 
 def was_worst_first(run: RunDir, *, asked: bool) -> bool:

@@ -18,9 +18,7 @@ class Part:
     """One of a model's parts: `language`, `connector` or `vision`."""
 
     prefixes: tuple[str, ...]
-    """Where its modules stand in the conditional-generation model, as dotted names; `*` stands for
-    any one name, such as a layer's number.
-    """
+    """Where its modules stand in the conditional-generation model, as dotted names."""
 
     linears: tuple[str, ...]
     """The last names of its linear layers, which LoRA adapts."""
@@ -106,9 +104,6 @@ class Family:
     """The image settings that a processor comes with, under the recipe's names. Settings that the
     family has no use for are left out.
     """
-
-    split_choices: tuple[str, ...] = ("always", "never", "auto")
-    """Values of `images.split` that make a difference. Empty where there is nothing to split."""
 
     recognises: Callable[[Any], bool] = lambda config: True
     """Whether a configuration of this `model_type` is of this family."""

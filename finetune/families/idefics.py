@@ -62,8 +62,7 @@ INSTRUCT_TEMPLATE = Template(
     text=_template("<end_of_utterance>", "<end_of_utterance>"), turn_end_token="<end_of_utterance>"
 )
 
-# The base has no <end_of_utterance> at all. After </s> a token sees the images before it no more,
-# which is the library's rule: so a base that is asked twice about an image must be shown it twice.
+# The base has no <end_of_utterance> at all
 BASE_TEMPLATE = Template(text=_template("</s>", ""), turn_end_token="</s>", closes_every_turn=False)
 
 
@@ -102,24 +101,21 @@ def stack(
     for b, row in enumerate(rows):
         for i, view in enumerate(row.views):
             pixels_BICHW[b, i] = normalised(view, processor.image_processor)
-    seen_BT = image_seen(input_ids_BT, processor.image_token_id, processor.tokenizer.eos_token_id)
+    seen_BT = image_seen(input_ids_BT, processor.image_token_id)
     mask_BTI = seen_BT[..., None] == torch.arange(num_images)
     return {"pixel_values": pixels_BICHW, "image_attention_mask": mask_BTI.long()}
 
 
-def image_seen(input_ids_BT: torch.Tensor, image_token_id: int, eos_token_id: int) -> torch.Tensor:
+def image_seen(input_ids_BT: torch.Tensor, image_token_id: int) -> torch.Tensor:
     """The number of the one image that each token sees [B, T]: the last before it, from 0, or -1
-    for none; past an end of text, the images before it are seen no more.
+    for none.
 
-    Source: transformers v5.23, idefics/processing_idefics.py,
+    The library's processor hides an image after the next </s> as well, for texts packed into one
+    row; a row here is one conversation, and the second answer about a picture would be learnt
+    blind. Source: transformers v5.23, idefics/processing_idefics.py,
     image_attention_mask_for_packed_input_ids_pt.
     """
-    places_T = torch.arange(1, input_ids_BT.shape[1] + 1)
-    is_image_BT = input_ids_BT == image_token_id
-    last_image_BT = torch.where(is_image_BT, places_T, 0).cummax(1).values
-    last_end_BT = torch.where(input_ids_BT == eos_token_id, places_T, 0).cummax(1).values
-    end_before_BT = nn.functional.pad(last_end_BT[:, :-1], (1, 0))
-    return torch.where(end_before_BT > last_image_BT, -1, is_image_BT.cumsum(1) - 1)
+    return (input_ids_BT == image_token_id).cumsum(1) - 1
 
 
 class WholeHead(nn.Linear):
@@ -181,7 +177,6 @@ IDEFICS = Family(
     stack=stack,
     set_images=lambda processor, images: None,
     own_images=lambda processor: {},
-    split_choices=(),
     lent_template=INSTRUCT_TEMPLATE,
     adjust_model=count_added_tokens,
 )

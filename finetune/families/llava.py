@@ -9,12 +9,12 @@ Shape letters: B rows, T tokens, N views of the batch, C channels (3), H height,
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from finetune.data.views import Canvas, ImagePlan, View
 from finetune.errors import DataError
 from finetune.families.family import Family, Part, Template, ViewedRow
+from finetune.families.idefics2 import normalised
 from finetune.recipe import ImagesSection
 
 IMAGE = "<image>"
@@ -124,14 +124,8 @@ def stack_views(
     The model puts their features in the places of the image tokens in the order of the ids, so
     neither padding nor rows without an image matter.
     """
-    views: list[np.ndarray] = [view for row in rows for view in row.views]
-    if not views:
-        return {}
-    image_processor = processor.image_processor
-    mean = torch.tensor(image_processor.image_mean).view(3, 1, 1)
-    std = torch.tensor(image_processor.image_std).view(3, 1, 1)
-    pixels_NCHW = torch.from_numpy(np.stack(views)).float() * image_processor.rescale_factor
-    return {"pixel_values": (pixels_NCHW - mean) / std}
+    views = [normalised(view, processor.image_processor) for row in rows for view in row.views]
+    return {"pixel_values": torch.stack(views)} if views else {}
 
 
 def build_processor(load: Any, config: Any) -> Any:
@@ -209,7 +203,6 @@ LLAVA = Family(
     stack=stack_views,
     set_images=lambda processor, images: None,  # one size, never split
     own_images=lambda processor: {},
-    split_choices=(),
     recognises=lambda config: not knows_two_more_tokens(config),
     build_processor=build_processor,
     adjust_model=help_old_adapters_load,

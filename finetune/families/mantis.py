@@ -4,20 +4,11 @@ Built as LLaVA-1.5 is. Source: arXiv 2405.01483; TIGER-AI-Lab/Mantis, mantis/mod
 and mantis/models/mllava/processing_llava.py.
 """
 
+from dataclasses import replace
 from typing import Any
 
-from finetune.families.family import Family, Template
-from finetune.families.llava import (
-    IMAGE,
-    PARTS,
-    help_old_adapters_load,
-    image_text,
-    knows_two_more_tokens,
-    num_image_tokens,
-    padding_processor,
-    plan_image,
-    stack_views,
-)
+from finetune.families.family import Template
+from finetune.families.llava import LLAVA, knows_two_more_tokens, padding_processor
 
 _CLIP = "clip_vision_model"
 _SIGLIP = "siglip_vision_model"
@@ -83,22 +74,13 @@ def why_untrainable(config: Any) -> str | None:
     )
 
 
-MANTIS = Family(
+MANTIS = replace(
+    LLAVA,
     name="mantis",
-    model_type="llava",
-    parts_of=lambda config: PARTS,
-    image_tokens=(IMAGE,),
     turn_end_token="<|eot_id|>",
+    closes_every_turn=True,
     own_template=LLAMA3_TEMPLATE,
-    plan_image=plan_image,
-    image_text=image_text,
-    num_image_tokens=num_image_tokens,
-    stack=stack_views,
-    set_images=lambda processor, images: None,  # one size, never split
-    own_images=lambda processor: {},
-    split_choices=(),
     recognises=knows_two_more_tokens,
     build_processor=build_processor,
-    adjust_model=help_old_adapters_load,
     untrainable=why_untrainable,
 )

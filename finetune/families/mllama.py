@@ -246,7 +246,6 @@ MLLAMA = Family(
     stack=stack,
     set_images=lambda processor, images: None,
     own_images=lambda processor: {},
-    split_choices=(),
     lent_template=BASE_TEMPLATE,
     template_variables={"date_string": DATE},
     build_processor=build_processor,

@@ -19,8 +19,7 @@ def target_pattern(parts: Iterable[Part]) -> str:
 
 def module_pattern(part: Part) -> str:
     """The regular expression of the modules that a part consists of."""
-    prefixes = (re.escape(prefix).replace(r"\*", r"[^.]+") for prefix in part.prefixes)
-    return f"(?:{'|'.join(prefixes)})"
+    return f"(?:{'|'.join(map(re.escape, part.prefixes))})"
 
 
 def part_of(family: Family, config: Any) -> Callable[[str], str | None]:

@@ -48,7 +48,7 @@ _ASKING = {
 @dataclass
 class Traced:
     """What one pass over a batch did. `terms` are the bytes alive at the peak, by `LiveBytes.term`
-    of the moment at which they came to be; `held` those that were alive before it began.
+    of the moment at which they came to be.
     """
 
     peak_bytes: int = 0

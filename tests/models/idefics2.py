@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image as PilImage
 from safetensors.torch import save_file
 from sentencepiece import SentencePieceProcessor
 from transformers import AddedToken, Idefics2Config, Idefics2Processor, LlamaTokenizer
 from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
 from transformers.models.idefics2.modeling_idefics2 import Idefics2ForConditionalGeneration
 
-from data_formats.chat import Conversation
 from finetune.model.load import EMBEDDED, model_location
-from tests.models.llava import stock_inputs as llava_stock_inputs
+from tests.models.stock import stock_inputs
+
+__all__ = ["full_size", "save_tiny", "stock_inputs"]
 
 PARAMETERS = {
     "vision": 417_792_240,
@@ -172,17 +172,6 @@ def save_tiny(folder: Path, *, base: bool = False) -> None:
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def stock_inputs(
-    processor: Any,
-    conversation: Conversation,
-    images: list[PilImage.Image],
-    *,
-    generation_prompt: bool,
-) -> Any:
-    """The oracle: the library's own processor with the template in use."""
-    return llava_stock_inputs(processor, conversation, images, generation_prompt=generation_prompt)
 
 
 def full_size() -> Any:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from llama_models.llama3.tokenizer import Tokenizer as LlamaTokenizer
-from PIL import Image as PilImage
 from safetensors.torch import save_file
 from tokenizers import (
     AddedToken,
@@ -24,7 +23,6 @@ from tokenizers import (
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
-    BatchFeature,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     Idefics3Processor,
@@ -33,7 +31,9 @@ from transformers import (
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
-from data_formats.chat import Conversation, Image
+from tests.models.stock import stock_inputs
+
+__all__ = ["full_size", "old_adapter_keys", "save_tiny", "stock_inputs"]
 
 # Source: the processor's files on the Hub, as quoted by public training code; SmolVLM's begins with
 # <|im_start|> and is otherwise the same (transformers v5.23, smolvlm/processing_smolvlm.py).
@@ -248,36 +248,6 @@ def begins_with(tokenizer: Tokenizer, bos: str) -> Any:
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2))
-
-
-def stock_inputs(
-    processor: Any,
-    conversation: Conversation,
-    images: list[PilImage.Image],
-    *,
-    generation_prompt: bool,
-) -> BatchFeature:
-    """The oracle: what the library's own processor makes of the conversation."""
-    remaining = iter(images)
-    messages = [
-        {
-            "role": message.role,
-            "content": [
-                {"type": "image", "image": next(remaining)}
-                if isinstance(part, Image)
-                else {"type": "text", "text": part.text}
-                for part in message.content
-            ],
-        }
-        for message in conversation.messages
-    ]
-    return processor.apply_chat_template(
-        messages,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        add_generation_prompt=generation_prompt,
-    )
 
 
 def old_adapter_keys(state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image as PilImage
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import AddedToken, BatchFeature, LlamaTokenizer, LlavaConfig
+from transformers import AddedToken, LlamaTokenizer, LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
-from data_formats.chat import Conversation, Image
+from tests.models.stock import stock_inputs
+
+__all__ = ["full_size", "old_adapter_keys", "save_tiny", "stock_inputs"]
 
 NUM_TOKENS = 800  # without the two that LLaVA adds
 
@@ -191,36 +192,6 @@ def old_adapter_keys(state_dict: dict[str, Any]) -> dict[str, Any]:
     """An adapter's weights under the names that PEFT gave them before transformers 4.52."""
     prefix = "base_model.model."
     return {prefix + old_key(key.removeprefix(prefix)): value for key, value in state_dict.items()}
-
-
-def stock_inputs(
-    processor: Any,
-    conversation: Conversation,
-    images: list[PilImage.Image],
-    *,
-    generation_prompt: bool,
-) -> BatchFeature:
-    """The oracle: the library's own processor with the template in use."""
-    remaining = iter(images)
-    messages = [
-        {
-            "role": message.role,
-            "content": [
-                {"type": "image", "image": next(remaining)}
-                if isinstance(part, Image)
-                else {"type": "text", "text": part.text}
-                for part in message.content
-            ],
-        }
-        for message in conversation.messages
-    ]
-    return processor.apply_chat_template(
-        messages,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        add_generation_prompt=generation_prompt,
-    )
 
 
 def full_size() -> Any:

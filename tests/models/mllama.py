@@ -3,18 +3,15 @@ device.
 """
 
 import json
-from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image as PilImage
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
-    BatchFeature,
     MllamaConfig,
     MllamaForConditionalGeneration,
     MllamaProcessor,
@@ -23,8 +20,8 @@ from transformers import (
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
-from data_formats.chat import Conversation, Image
 from finetune.families.mllama import DATE
+from tests.models import stock
 
 PARAMETERS = {
     "vision": 863_567_379,
@@ -280,35 +277,7 @@ def full_size() -> Any:
         return MllamaForConditionalGeneration(config)
 
 
-def stock_inputs(
-    processor: Any,
-    conversation: Conversation,
-    images: Sequence[PilImage.Image],
-    *,
-    generation_prompt: bool,
-) -> BatchFeature:
-    """What the library's own processor makes of a conversation, with the date of training."""
-    left = iter(images)
-    messages = [
-        {
-            "role": message.role,
-            "content": [
-                {"type": "image", "image": next(left)}
-                if isinstance(part, Image)
-                else {"type": "text", "text": part.text}
-                for part in message.content
-            ],
-        }
-        for message in conversation.messages
-    ]
-    return processor.apply_chat_template(
-        messages,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        add_generation_prompt=generation_prompt,
-        date_string=DATE,
-    )
+stock_inputs = partial(stock.stock_inputs, date_string=DATE)
 
 
 def old_adapter_keys(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
