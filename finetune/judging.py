@@ -18,6 +18,7 @@ from finetune.data.examples import Encoder
 from finetune.data.images import load_image
 from finetune.data.sources import Row
 from finetune.metrics import mean_scores, score
+from finetune.model.adapters import IMAGE_SETTINGS, refuse_unfinished
 from finetune.model.generate import generate_answers
 from finetune.model.load import best_device, load_model, load_processor
 from finetune.model.methods import is_adapter, load_trained
@@ -96,7 +97,7 @@ def sides_of_run(recipe: Recipe, folder: Path, encoder: Encoder) -> Sides:
     plain = replace(encoder, processor=load_processor(recipe.model, encoder.images)[0])
     base = Side(lambda: _loaded(lambda: load_model(recipe.model)[0]), plain)
     if recipe.adapter.method == "frozen":
-        load_trained(recipe, folder, encoder.processor)
+        refuse_unfinished(folder, IMAGE_SETTINGS, recipe)
         return Sides(base, None)
     trained = lambda: load_trained(recipe, folder, encoder.processor).model  # noqa: E731
     return Sides(base, Side(lambda: _loaded(trained), encoder))

@@ -55,19 +55,30 @@ def load_encoder(recipe: Recipe, console: Console) -> Encoder:
     """What turns rows into examples for the recipe's model; its `images` are the recipe's, with the
     checkpoint's own where the recipe leaves them open.
 
-    Warns of image settings that the model has no use for. Raises `ModelError`.
+    Warns of settings that the model has no use for. Raises `ModelError`.
     """
     _, family = load_config(recipe.model)
     processor, images = load_processor(recipe.model, recipe.images)
     add_extra_tokens(processor, recipe)
-    for key in type(images).model_fields:
-        if getattr(recipe.images, key) is not None and getattr(images, key) is None:
-            console.print(
-                f"warning: images.{key} has no effect on {family.name}: its views have a fixed "
-                "size",
-                style="yellow",
-                soft_wrap=True,
-            )
+    idle = [
+        f"images.{key} has no effect on {family.name}: its views have a fixed size"
+        for key in type(images).model_fields
+        if getattr(recipe.images, key) is not None and getattr(images, key) is None
+    ]
+    views_of = [
+        [
+            (view.width_px, view.height_px)
+            for view in family.plan_image(*size, images, processor.image_processor).views
+        ]
+        for size in ((120, 90), (480, 360))
+    ]
+    if recipe.data.random_upscale > 1 and views_of[0] == views_of[1]:
+        idle.append(
+            f"data.random_upscale has no effect on {family.name}: it brings small pictures to the "
+            "size of large ones by itself"
+        )
+    for warning in idle:
+        console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
     return Encoder.of_recipe(processor, family, images, recipe.data)
 
 

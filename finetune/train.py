@@ -199,9 +199,11 @@ def _train_and_save(prepared: Prepared, resume: bool, overwrite: bool, console: 
     recipe, encoder = prepared.recipe, prepared.encoder
     console.print(f"loading {recipe.model.name}", soft_wrap=True)
     set_seed(recipe.training.seed)  # the adapter's first weights are random
-    pissa_file = pissa_start(RunDir(recipe.output.dir))
-    is_pissa = recipe.adapter.method == "pissa"
-    go_on_from = pissa_file if is_pissa and resume and pissa_file.is_file() else None
+    so_far = RunDir(recipe.output.dir)
+    pissa_file, is_pissa = pissa_start(so_far), recipe.adapter.method == "pissa"
+    # a checkpoint is of use with its own start alone, so one whose start is lost is refused
+    has_start = pissa_file.is_file() or so_far.last_checkpoint() is not None
+    go_on_from = pissa_file if is_pissa and resume and has_start else None
     model, _ = load_trainable(recipe, encoder.processor, go_on_from=go_on_from)
     run = create_run_dir(
         recipe.output.dir,

@@ -204,3 +204,30 @@ def test_an_adapter_with_weights_missing_is_refused(nano_model: Any, tmp_path: P
     )
     with pytest.raises(RunDirError, match=rf"{len(gone)} weights of the adapter are missing"):
         load_adapter(load_model(ModelSection(name="nano"))[0], tmp_path, recipe)
+
+
+def test_an_adapter_of_other_shapes_than_the_models_is_refused_in_plain_words(
+    nano_model: Any, tmp_path: Path
+) -> None:
+    adapted = add_adapter(nano_model, IDEFICS2, adapter(rank=4), "nano")
+    adapted.save_pretrained(str(tmp_path), save_embedding_layers=False)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    cut = {n: w[:3] if "connector" in n and "lora_A" in n else w for n, w in weights.items()}
+    num_cut = sum(len(cut[name]) < len(weights[name]) for name in weights)
+    save_file(cut, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    recipe = Recipe.model_validate(
+        {"model": {"name": "nano"}, "data": {"train": [{"hub": "user/name"}]}}
+    )
+    with pytest.raises(RunDirError, match=rf"{num_cut} weights of the adapter have another shape"):
+        load_adapter(load_model(ModelSection(name="nano"))[0], tmp_path, recipe)
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+def test_a_quantised_base_has_as_many_parameters_as_before(nano_model: Any, quantize: Any) -> None:
+    pytest.importorskip("bitsandbytes")
+    quantised, _ = load_model(ModelSection(name="nano", dtype="bfloat16", quantize=quantize))
+    assert count_parameters(quantised)[1] == count_parameters(nano_model)[1]
+    adapted, plain = (
+        add_adapter(model, IDEFICS2, adapter(), "nano") for model in (quantised, nano_model)
+    )
+    assert count_parameters(adapted) == count_parameters(plain)

@@ -132,6 +132,14 @@ def test_image_settings_left_open_are_the_checkpoints_own(folder: Path) -> None:
         load_processor(local(folder), ImagesSection(longest_edge_px=208))
 
 
+def test_weights_stored_by_bitsandbytes_are_refused_with_what_to_do(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"stored in 4 or 8 bits.*model\.quantize: nf4 or int8"):
+        load_model(local(folder))
+
+
 @pytest.mark.parametrize("method", ["awq", "gptq"])
 def test_weights_stored_quantised_are_refused_with_the_reason(folder: Path, method: str) -> None:
     config = json.loads((folder / "config.json").read_text())

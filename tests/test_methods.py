@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from finetune.chat import answer
-from finetune.errors import RecipeError
+from finetune.errors import ModelError, RecipeError, RunDirError
 from finetune.evaluate import evaluate
 from finetune.model.adapters import part_of_weight
 from finetune.model.load import load_model, load_processor, model_location
-from finetune.model.methods import load_trainable
+from finetune.model.methods import load_trainable, pissa_start
 from finetune.recipe import load_recipe
 from finetune.rundir import RunDir, read_jsonl
 from finetune.train import train
@@ -47,6 +47,10 @@ METHODS: dict[str, dict[str, Any]] = {
             "modules_to_save": ["norm"],
             "extra_tokens": ["<price>"],
         },
+        "training": {"learning_rate": 0.005},
+    },
+    "pissa of a rank above every side": {
+        "adapter": {"method": "pissa", "rank": 600},
         "training": {"learning_rate": 0.005},
     },
     "modules to save in bfloat16": {
@@ -189,6 +193,63 @@ def test_a_frozen_run_is_a_baseline_without_steps(
     assert (summary["steps"], summary["trainable_parameters"]) == (0, 0)
     assert "first_loss" not in summary
     assert "No change" in run.report.read_text()
+
+
+def test_a_frozen_base_is_loaded_once_to_be_judged_again(
+    dataset: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(load_recipe(dataset(adapter={"method": "frozen"})), **QUIET)
+    loaded = []
+
+    def load(*settings: Any) -> Any:
+        loaded.append(settings)
+        return load_model(*settings)
+
+    for module in ("finetune.judging", "finetune.model.methods"):
+        monkeypatch.setattr(f"{module}.load_model", load)
+    evaluate(tmp_path / "run", console=Console(quiet=True))
+    assert len(loaded) == 1
+    (tmp_path / "run" / "adapter" / "image_settings.json").unlink()
+    with pytest.raises(RunDirError, match="the run has not finished"):
+        evaluate(tmp_path / "run", console=Console(quiet=True))
+
+
+def test_a_pissa_run_with_checkpoints_does_not_go_on_without_its_start(
+    dataset: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = load_recipe(
+        dataset(
+            num_eval=0,
+            adapter={"method": "pissa", "dropout": 0.0},
+            training={"max_steps": 2, "save_steps": 1},
+        )
+    )
+    train(recipe, **QUIET)
+    run = RunDir(tmp_path / "run")
+    shutil.rmtree(run.adapter)
+    pissa_start(run).unlink()
+    with pytest.raises(RunDirError, match="is missing, so that the run cannot go on"):
+        train(recipe, resume=True, **QUIET)
+    assert not pissa_start(run).exists()
+    for checkpoint in run.checkpoints.glob("checkpoint-*"):  # killed before the first one
+        shutil.rmtree(checkpoint)
+    train(recipe, resume=True, **QUIET)
+    assert pissa_start(run).is_file()
+
+
+def test_a_saved_module_of_a_part_without_a_rate_is_refused_before_anything_is_written(
+    dataset: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = load_recipe(
+        dataset(
+            num_eval=0,
+            adapter={"parts": ["connector"], "modules_to_save": ["lm_head"]},
+            training={"learning_rate": {"connector": 0.1}},
+        )
+    )
+    with pytest.raises(ModelError, match=r"modules_to_save: lm_head has weights in language, wh"):
+        train(recipe, **QUIET)
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_optimizer_that_is_not_installed_is_named_with_what_to_install(

@@ -12,7 +12,6 @@ from transformers.training_args import OptimizerNames
 
 from finetune.data.collate import Collator, collate
 from finetune.data.sampling import EpochSampler
-from finetune.errors import ModelError
 from finetune.model.adapters import part_of_weight
 from finetune.model.methods import load_trainable
 from finetune.model.optimizer import package_of, parameter_groups, projected_modules
@@ -168,15 +167,6 @@ def test_a_head_trained_whole_gets_the_stock_gradient(
     _, change, gradient = changes[name]
     torch.testing.assert_close(change, -0.1 * gradient, atol=1e-6, rtol=1e-4)
     assert change.abs().max() > 1e-4
-
-
-def test_a_saved_module_of_a_part_without_a_rate_is_refused(
-    trainer: Callable[..., VisionSFTTrainer],
-) -> None:
-    settings = {"parts": ["connector"], "modules_to_save": ["lm_head"]}
-    ours = trainer(settings, {"learning_rate": {"connector": 0.1}})
-    with pytest.raises(ModelError, match=r"no rate for .*lm_head.*stands in language"):
-        ours.create_optimizer()
 
 
 def test_without_rates_of_their_own_all_weights_stay_in_the_stock_groups(

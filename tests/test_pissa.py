@@ -58,6 +58,22 @@ def test_the_start_holds_the_strongest_directions_of_each_weight() -> None:
     assert min(ratios) > 0.999
 
 
+def test_a_rank_above_a_weights_smaller_side_is_filled_up_with_zeros() -> None:
+    """Every weight is then wholly in the adapter, and the base is nothing."""
+    model = model_with("pissa", rank=600, alpha=600)
+    plain = dict(load_model(ModelSection(name="nano", dtype="float32"))[0].named_modules())
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            weight: Any = plain[name.removeprefix("base_model.model.")].weight
+            start: Any = [each["default"].weight for each in (layer.lora_A, layer.lora_B)]
+            lora_A, lora_B = start
+            num_outputs, num_inputs = weight.shape
+            assert (lora_A.shape, lora_B.shape) == ((600, num_inputs), (num_outputs, 600))
+            assert not lora_A[min(weight.shape) :].any()
+            assert not lora_B[:, min(weight.shape) :].any()
+            torch.testing.assert_close(lora_B @ lora_A, weight, atol=1e-5, rtol=1e-4)
+
+
 def test_the_start_is_the_base_and_the_base_without_the_adapter_is_not() -> None:
     plain = logits(load_model(ModelSection(name="nano", dtype="float32"))[0])
     model = model_with("pissa")

@@ -390,6 +390,11 @@ def test_max_steps_on_the_command_line_replaces_epochs_of_the_file(folder: Path)
         (["model.quantize=nf4", "adapter.method=full"], "adapter.method", "nf4 freezes"),
         (["model.quantize=int8", "adapter.method=pissa"], "adapter.method", "int8 rounds"),
         (
+            ["model.quantize=int8", "adapter.method=dora"],
+            "adapter.method",
+            "set model.quantize: nf4, or adapter.method: lora",
+        ),
+        (
             ["adapter.parts=[vision]", "training.vision_cache=1GiB"],
             "training.vision_cache",
             "change at every step",
@@ -421,6 +426,14 @@ def test_max_steps_on_the_command_line_replaces_epochs_of_the_file(folder: Path)
             ["adapter={method: full, parts: [vision], extra_tokens: [x]}"],
             "adapter.extra_tokens",
             "add language to adapter.parts",
+        ),
+        (
+            [
+                "adapter={parts: [connector], extra_tokens: [x]}",
+                "training.learning_rate={connector: 1e-4}",
+            ],
+            "adapter.extra_tokens",
+            "training.learning_rate has no rate for; give one rate for all",
         ),
         (
             ["training.optimizer=galore_adamw"],

@@ -50,6 +50,22 @@ def test_a_token_that_is_there_already_is_refused(processor: Any) -> None:
         add_extra_tokens(processor, recipe_with("<image>", "<price>"))
 
 
+@pytest.mark.parametrize("word", ["User:", "Assistant:", "r:", "System: "])
+def test_a_word_that_the_chat_template_writes_is_refused(processor: Any, word: str) -> None:
+    with pytest.raises(
+        ModelError, match=rf"'{word}' is in the text that the chat template of nano"
+    ):
+        add_extra_tokens(processor, recipe_with("<price>", word))
+
+
+def test_a_word_within_a_special_token_of_the_template_is_no_part_of_its_text(
+    processor: Any,
+) -> None:
+    add_extra_tokens(processor, recipe_with("utterance"))
+    ids = processor.tokenizer("<end_of_utterance>", add_special_tokens=False)["input_ids"]
+    assert processor.tokenizer.convert_tokens_to_ids("utterance") not in ids
+
+
 def test_a_frozen_model_gets_no_tokens(processor: Any, nano_model: Any) -> None:
     before = len(processor.tokenizer)
     recipe = recipe_with("<price>", method="frozen")

@@ -3,7 +3,7 @@
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,19 @@ def add_adapter(
     model_name: str,
     *,
     new_token_ids: Sequence[int] = (),
+    rated_parts: Collection[str] | None = None,
 ) -> PeftModel:
     """The model with fresh adapters, in float32 whatever the base's dtype, and everything else
     frozen but the modules to save and the rows of new tokens.
 
-    A mapping of ranks or alphas becomes PEFT's patterns. Raises `ModelError` where a part's pattern
-    matches no linear layer, or a name no module.
+    A mapping of ranks or alphas becomes PEFT's patterns. `rated_parts` have a learning rate; None
+    means that all have. Raises `ModelError` where a part's pattern matches no linear layer, a name
+    no module, or a module to save has no rate.
     """
     parts = family.parts_of(model.config)
     whole = find_modules(model, adapter.modules_to_save, model_name)
+    if rated_parts is not None:
+        _refuse_modules_without_rate(model, family, whole, rated_parts)
     _refuse_parts_without_layers(model, parts, adapter.parts, whole, model_name)
     ranks, alphas = (
         {part: _of(value, part) for part in adapter.parts}
@@ -94,6 +98,21 @@ def _refuse_parts_without_layers(
                 f"adapter.parts: all of {part!r} is in adapter.modules_to_save, where it is "
                 "trained whole; leave it out of one of them"
             )
+
+
+def _refuse_modules_without_rate(
+    model: Any, family: Family, names: Sequence[str], rated_parts: Collection[str]
+) -> None:
+    part_of = part_of_weight(model, family)
+    for module in names:
+        for weight, _ in model.get_submodule(module).named_parameters():
+            part = part_of(f"{module}.{weight}")
+            if part not in rated_parts:
+                raise ModelError(
+                    f"adapter.modules_to_save: {module} has weights in {part}, which "
+                    "training.learning_rate has no rate for; give one rate for all, or add "
+                    f"{part} to adapter.parts"
+                )
 
 
 def _trained_rows(model: Any, ids: Sequence[int], whole: Sequence[str]) -> dict[str, list[int]]:
@@ -158,7 +177,7 @@ def load_adapter(model: Any, folder: Path, recipe: Recipe) -> PeftModel:
     """The base model with a saved adapter, for inference. Its vocabulary has the extra tokens.
 
     Raises `RunDirError` where there is none, where it was trained with other image settings than
-    the recipe's, or where weights of it are missing.
+    the recipe's, or where weights of it are missing or of another shape than the model's.
     """
     refuse_unfinished(folder, "adapter_config.json", recipe)
     with warnings.catch_warnings():
@@ -172,6 +191,16 @@ def load_adapter(model: Any, folder: Path, recipe: Recipe) -> PeftModel:
                 f"{folder}: {len(missing)} weights of the adapter are missing and would be random, "
                 f"{missing[0]} first; it is not whole, or belongs to another model"
             ) from warning
+        except RuntimeError as error:
+            # as torch's load_state_dict says it; anything else is no fault of the folder
+            other = re.findall(r"size mismatch for ([^:]+):", str(error))
+            if not other:
+                raise
+            raise RunDirError(
+                f"{folder}: {len(other)} weights of the adapter have another shape than "
+                f"{recipe.model.name} and adapter_config.json give them, {other[0]} first; it "
+                "belongs to another model, or was changed; train it again with --overwrite"
+            ) from error
 
 
 def refuse_unfinished(folder: Path, file: str, recipe: Recipe) -> None:
@@ -215,6 +244,13 @@ def require_grad_on_language_inputs_only(model: Any) -> None:
 
 
 def count_parameters(model: Any) -> tuple[int, int]:
-    """Trainable and total parameters."""
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return trainable, sum(p.numel() for p in model.parameters())
+    """Trainable and total parameters, quantised ones as many as there were before."""
+    parameters = list(model.parameters())
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    return trainable, sum(map(_num_weights, parameters))
+
+
+def _num_weights(parameter: Any) -> int:
+    # bitsandbytes packs several 4-bit weights into an element, and keeps the shape beside them
+    packed = getattr(parameter, "quant_state", None)
+    return (packed.shape if packed is not None else parameter.shape).numel()

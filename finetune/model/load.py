@@ -69,7 +69,10 @@ def _quantized_for_good(config: Any) -> str | None:
     settings = settings if isinstance(settings, dict) else settings.to_dict()
     method = str(settings.get("quant_method", "unknown"))
     if method == "bitsandbytes":
-        return None
+        return (
+            "its weights are stored in 4 or 8 bits, vision and connector perhaps among them; train "
+            "on the 16-bit checkpoint it was made from, with model.quantize: nf4 or int8"
+        )
     return (
         f"its weights are stored as {method.upper()}, packed integers that only serve inference: "
         "no gradient passes through their kernels, and an adapter could not be merged into them; "
@@ -204,6 +207,7 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
     logging.getLogger("trl").setLevel(logging.ERROR)
     logging.getLogger("accelerate").setLevel(logging.ERROR)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # int8 tells of every layer it casts
 
 
 def _first_line(error: Exception) -> str:

@@ -82,7 +82,15 @@ def make_trainable(
     """
     adapter = recipe.adapter
     if is_adapter(recipe):
-        return add_adapter(model, family, adapter, recipe.model.name, new_token_ids=new_token_ids)
+        rate = recipe.training.learning_rate
+        return add_adapter(
+            model,
+            family,
+            adapter,
+            recipe.model.name,
+            new_token_ids=new_token_ids,
+            rated_parts=rate if isinstance(rate, dict) else None,
+        )
     trained = adapter.parts if adapter.method == "full" else ()
     part_of = part_of_weight(model, family)
     for name, parameter in model.named_parameters():

@@ -1,9 +1,8 @@
 """Which weights step at which rate, and what an optimizer needs to be installed."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
-from finetune.errors import ModelError
 from finetune.families.family import Family
 from finetune.model.adapters import part_of_weight
 from finetune.model.parts import target_pattern
@@ -74,7 +73,7 @@ def parameter_groups(
 
     `decayed` names the weights that decay. Groups are called `language`, or `language/lora_B` where
     LoRA+ (arXiv 2402.12354) gives the matrices B a rate of their own; the first part comes first.
-    Raises `ModelError` for weights of a part that has no rate.
+    Every part with trained weights has a rate: recipes and models where one had none were refused.
     """
     training, names = recipe.training, recipe.adapter.parts
     part_of = part_of_weight(model, family)
@@ -83,7 +82,8 @@ def parameter_groups(
         if not parameter.requires_grad:
             continue
         group = part_of(name)
-        rate = _rate(training.learning_rate, group, name)
+        rates: Any = training.learning_rate
+        rate = rates[group] if isinstance(rates, dict) else rates
         if ".lora_B." in name and training.lora_plus_ratio != 1:
             rate, group = rate * training.lora_plus_ratio, f"{group}/lora_B"
         decays = name in decayed
@@ -96,14 +96,3 @@ def parameter_groups(
         groups.setdefault((group, decays), new)["params"].append(parameter)
     order = {part: number for number, part in enumerate(names)}
     return sorted(groups.values(), key=lambda g: order.get(g["name"].partition("/")[0], len(order)))
-
-
-def _rate(rates: float | Mapping[Any, float], part: str, name: str) -> float:
-    if not isinstance(rates, Mapping):
-        return rates
-    if part not in rates:
-        raise ModelError(
-            f"training.learning_rate: has no rate for {name}, which is trained and stands in "
-            f"{part}; give one rate for all, or add the part to adapter.parts"
-        )
-    return rates[part]

@@ -17,6 +17,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
+from torch.nn.functional import pad
 
 from finetune.errors import RunDirError
 from finetune.rundir import replacing, write_json
@@ -28,7 +29,8 @@ def decompose(model: PeftModel) -> None:
     """Give a fresh LoRA model its start, and take that out of the base.
 
     Randomised, as the paper does it: in sixteen rounds it comes as close to the exact decomposition
-    as training can tell, and takes seconds for a model where that takes hours (section 4).
+    as training can tell, and takes seconds for a model where that takes hours (section 4). A rank
+    above the smaller side of a weight is filled up with zeros, which learn nothing.
     """
     for _, layer in _layers(model):
         weight: Any = layer.get_base_layer().weight
@@ -37,7 +39,10 @@ def decompose(model: PeftModel) -> None:
         num = min(rank + 8, *weight.shape)
         left, strengths, right = torch.svd_lowrank(weight.data.float(), q=num, niter=16)
         root = (strengths[:rank] / scale).sqrt()
-        _take_out(layer, root[:, None] * right.T[:rank], left[:, :rank] * root)
+        lora_A, lora_B = root[:, None] * right.T[:rank], left[:, :rank] * root
+        # a weight has no more directions than its smaller side is long
+        lacking = rank - len(root)
+        _take_out(layer, pad(lora_A, (0, 0, 0, lacking)), pad(lora_B, (0, lacking)))
 
 
 def _take_out(layer: LoraLayer, lora_A: torch.Tensor, lora_B: torch.Tensor) -> None:

@@ -2,12 +2,15 @@
 embeddings and the head.
 """
 
+from contextlib import suppress
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import AddedToken
 
 from finetune.errors import ModelError
+from finetune.model.load import load_config
 from finetune.recipe import Recipe
 
 
@@ -20,7 +23,7 @@ def add_extra_tokens(processor: Any, recipe: Recipe) -> None:
     """Give a freshly loaded processor the words, as ordinary tokens, found anywhere in the text.
 
     Ordinary, so that rows may hold them and answers show them. Raises `ModelError` for a word that
-    is a token already.
+    is a token already, or that the chat template writes.
     """
     tokens = extra_tokens_of(recipe)
     known = processor.tokenizer.get_vocab()
@@ -33,6 +36,42 @@ def add_extra_tokens(processor: Any, recipe: Recipe) -> None:
     processor.tokenizer.add_tokens(
         [AddedToken(token, normalized=False, special=False) for token in tokens]
     )
+    if tokens:
+        _refuse_words_of_template(processor, recipe)
+
+
+def _refuse_words_of_template(processor: Any, recipe: Recipe) -> None:
+    """Raise `ModelError` where an added word is found in the template's own text: every prompt
+    would then hold a token that the model never saw.
+    """
+    variables = load_config(recipe.model)[1].template_variables
+    say = {"type": "text", "text": "\ue000"}  # of private use, so no word of anybody's
+    texts = []
+    for start in ([], [{"role": "system", "content": [say]}]):
+        for question in ([say], [{"type": "image"}, say], [say, {"type": "image"}]):
+            user, answer = (
+                {"role": role, "content": content}
+                for role, content in (("user", question), ("assistant", [say]))
+            )
+            for asks in (False, True):
+                with suppress(TemplateError):  # many templates know no system
+                    texts.append(
+                        processor.apply_chat_template(
+                            [*start, user, answer, user] if asks else [*start, user, answer],
+                            tokenize=False,
+                            add_generation_prompt=asks,
+                            **variables,
+                        )
+                    )
+    tokenizer = processor.tokenizer
+    seen = {i for text in texts for i in tokenizer(text, add_special_tokens=False)["input_ids"]}
+    words = [word for word in extra_tokens_of(recipe) if tokenizer.get_vocab()[word] in seen]
+    if words:
+        raise ModelError(
+            f"adapter.extra_tokens: {', '.join(map(repr, words))} is in the text that the chat "
+            f"template of {recipe.model.name} puts around every turn, where it would become a "
+            "token that the model never saw; take another word"
+        )
 
 
 def extend_vocabulary(model: Any, processor: Any, recipe: Recipe) -> list[int]:

@@ -118,6 +118,14 @@ def _adapter_conflicts(recipe: Any) -> Iterator[Problem]:
             "adapter.method",
             "model.quantize",
         )
+    if quantize == "int8" and adapter.method == "dora":
+        # bitsandbytes 0.50, autograd/_functions.py, MatMul8bitFp.forward: state.SCB is None
+        yield _conflict(
+            "dora breaks off at the first step with model.quantize: int8, as bitsandbytes has no "
+            "scales for its weights then; set model.quantize: nf4, or adapter.method: lora",
+            "adapter.method",
+            "model.quantize",
+        )
     if adapter.method == "frozen" and not recipe.data.eval and not recipe.data.eval_fraction:
         yield _conflict(
             "frozen trains nothing, and without data.eval there is nothing to judge either; "
@@ -131,6 +139,19 @@ def _adapter_conflicts(recipe: Any) -> Iterator[Problem]:
             "are rows of the language part, which is not trained; add language to adapter.parts",
             "adapter.extra_tokens",
             "adapter.method",
+            "adapter.parts",
+        )
+    elif (
+        adapter.extra_tokens
+        and adapter.method != "frozen"
+        and isinstance(recipe.training.learning_rate, dict)
+        and "language" not in adapter.parts
+    ):
+        yield _conflict(
+            "are rows of the language part, which training.learning_rate has no rate for; give "
+            "one rate for all, or add language to adapter.parts",
+            "adapter.extra_tokens",
+            "training.learning_rate",
             "adapter.parts",
         )
     if (
