@@ -38,6 +38,7 @@ from finetune.rundir import RunDir, read_json, read_jsonl
 from finetune.train import train
 from tests.conftest import noise, write_dataset
 from tests.families import CHECKPOINTS, Checkpoint
+from tests.test_collate import row_losses
 
 FULL_SIZE = {name: each for name, each in CHECKPOINTS.items() if each.full_size}
 PARTS: tuple[Part, ...] = ("language", "connector", "vision")
@@ -296,17 +297,6 @@ def test_settings_that_a_family_has_no_use_for_are_told(
 
 
 # The model
-
-
-def row_losses(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The summed loss of each row, by the stock forward."""
-    labels = batch.pop("labels")
-    with torch.no_grad():
-        logits = model(**batch).logits
-    losses = torch.nn.functional.cross_entropy(
-        logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none", ignore_index=IGNORED_LABEL
-    )
-    return losses.sum(dim=1)
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from data_formats.chat import Conversation, Image, Message, Text
+from data_formats.chat import Conversation, Image, Text
+from finetune.data.shorten import Numbered, number_images
 from finetune.data.views import ImagePlan, Size
 from finetune.errors import DataError
 from finetune.recipe import Recipe
@@ -82,9 +83,6 @@ def _view_sizes(plan: ImagePlan) -> list[Size]:
     return [(view.width_px, view.height_px) for view in plan.views]
 
 
-Numbered = tuple[Message, tuple[int, ...]]  # a message, and the row's numbers of its images
-
-
 def shuffle_exchanges(
     conversation: Conversation, rng: np.random.Generator
 ) -> tuple[Conversation, Sequence[int]]:
@@ -95,7 +93,7 @@ def shuffle_exchanges(
     about those before it, and stays with them: where they open their exchange, they move to the
     front of whichever comes first; where they stand within its text, it stays in front.
     """
-    entries = _numbered(conversation)
+    entries = number_images(conversation)
     starts = [
         i
         for i, (message, _) in enumerate(entries)
@@ -151,12 +149,3 @@ def _take_pictures(exchange: list[Numbered]) -> tuple[list[Image], list[Numbered
     if first_word is None or len(pictures) < len(numbers) or any(more for _, more in others):
         return [], None
     return pictures, [(replace(message, content=message.content[first_word:]), ()), *others]
-
-
-def _numbered(conversation: Conversation) -> list[Numbered]:
-    entries, number = [], 0
-    for message in conversation.messages:
-        count = sum(isinstance(part, Image) for part in message.content)
-        entries.append((message, tuple(range(number, number + count))))
-        number += count
-    return entries

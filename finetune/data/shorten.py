@@ -34,7 +34,7 @@ def without_oldest_exchanges(conversation: Conversation) -> Iterator[Shortened]:
     Where the first exchange left has no picture of its own, it is about those shown before: they
     move to its front, or its answer would be learnt blind.
     """
-    numbered = _numbered(conversation)
+    numbered = number_images(conversation)
     system = [entry for entry in numbered if entry[0].role == "system"]
     exchanges = _exchanges([entry for entry in numbered if entry[0].role != "system"])
     for num_dropped in range(1, len(exchanges)):
@@ -85,14 +85,15 @@ def with_fewer_views(
         )
 
 
-Numbered = tuple[Message, list[int]]  # a message, and the row's numbers of its images
+Numbered = tuple[Message, tuple[int, ...]]  # a message, and the row's numbers of its images
 
 
-def _numbered(conversation: Conversation) -> list[Numbered]:
+def number_images(conversation: Conversation) -> list[Numbered]:
+    """Each message with the numbers of its images, counted through the row from 0."""
     entries, number = [], 0
     for message in conversation.messages:
         count = sum(isinstance(part, Image) for part in message.content)
-        entries.append((message, list(range(number, number + count))))
+        entries.append((message, tuple(range(number, number + count))))
         number += count
     return entries
 
@@ -110,6 +111,6 @@ def _exchanges(entries: Sequence[Numbered]) -> list[list[Numbered]]:
 
 def _with_images_of(dropped: Sequence[Numbered], first: Numbered) -> Numbered:
     images = [part for message, _ in dropped for part in message.content if isinstance(part, Image)]
-    numbers = [number for _, numbers in dropped for number in numbers]
+    numbers = tuple(number for _, numbers in dropped for number in numbers)
     message = first[0]
-    return replace(message, content=(*images, *message.content)), [*numbers, *first[1]]
+    return replace(message, content=(*images, *message.content)), (*numbers, *first[1])
