@@ -10,7 +10,7 @@ on that line, and from any line above it in this list; never from a line below.
     recipe.copying
     recipe  recipe.docs  rundir
     data  data.signatures  data.truncation  data.pdf  data.downloads  data.images
-    data.views
+    data.views  data.packed_views
     families.family  families.idefics2  families.idefics3  families.smolvlm
     families.llava  families.mantis  families.mllama  families.idefics
     families
@@ -23,7 +23,7 @@ on that line, and from any line above it in this list; never from a line below.
     data.containers.kinds  data.containers.streams  data.containers.opening  data.containers
     data.sources  data.stamps  data.examples  data.examination  data.examined  data.sampling
     data.collate  data.streaming
-    model  model.parts  model.quantize  model.load  model.vocabulary  model.adapters
+    model  model.parts  model.quantize  model.vision  model.load  model.vocabulary  model.adapters
     model.pissa  model.methods  model.optimizer  model.generate
     model.tracing  model.kernels  model.memory  model.planned
     metrics.text  metrics

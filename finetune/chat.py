@@ -37,4 +37,5 @@ def answer(path: str | Path, images: Sequence[Path], question: str) -> str:
         [prompt],
         max_new_tokens=recipe.evaluation.max_new_tokens,
         batch_size=1,
+        packed_vision=recipe.model.packed_vision,
     )[0]

@@ -186,6 +186,7 @@ def _answer(
                 prompts,
                 max_new_tokens=settings.max_new_tokens,
                 batch_size=settings.batch_size,
+                packed_vision=encoder.packed_vision,
                 on_batch=lambda num_rows: bar.advance(task, num_rows),
             )
     return answers

@@ -22,7 +22,7 @@ from finetune.data.sampling import EpochSampler, heaviest_batches
 from finetune.data.sources import Row
 from finetune.errors import DataError
 from finetune.model.kernels import Device
-from finetune.model.memory import StepMemory
+from finetune.model.memory import StepMemory, tensors_of
 from finetune.model.planned import Parameters, PlannedModel
 from finetune.preparation import cache_of, load_encoder, open_streams, prepare_rows
 from finetune.recipe import Recipe
@@ -217,7 +217,7 @@ class Planner:
         """
         tensors = Collator(self.encoder, self.rows.rows)([{"row": each} for each in numbers])
         accumulation = self.recipe.training.gradient_accumulation
-        other = sum(each.numel() * each.element_size() for each in tensors.values())
+        other = sum(each.nbytes for value in tensors.values() for each in tensors_of(value))
         if of_others:
             other = of_others.memory.terms["batch"] // accumulation
         memory = self.model.step(tensors, (accumulation - 1) * other)

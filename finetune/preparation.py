@@ -79,7 +79,9 @@ def load_encoder(recipe: Recipe, console: Console) -> Encoder:
         )
     for warning in idle:
         console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
-    return Encoder.of_recipe(processor, family, images, recipe.data)
+    return Encoder.of_recipe(
+        processor, family, images, recipe.data, packed_vision=recipe.model.packed_vision
+    )
 
 
 def cache_of(folder: str | Path) -> Path:

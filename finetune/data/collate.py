@@ -26,9 +26,11 @@ def collate(
     family: Family,
     *,
     padding_side: Literal["left", "right"] = "right",
-) -> dict[str, torch.Tensor]:
+    packed_vision: bool = False,
+) -> dict[str, Any]:
     """Pad rows to one length: `input_ids`, `attention_mask` and `labels` [B, T], and what the
-    family's model takes for their images.
+    family's model takes for their images: the library's tensors, or with `packed_vision` the views
+    as they are.
 
     Raises `DataError`, naming the row, where image tokens and views disagree.
     """
@@ -48,7 +50,8 @@ def collate(
         learnt = torch.tensor(example.loss_mask)
         labels_BT[i, span] = torch.where(learnt, ids, IGNORED_LABEL)
     batch = {"input_ids": input_ids_BT, "attention_mask": attention_mask_BT, "labels": labels_BT}
-    return batch | family.stack(examples, processor, input_ids_BT)
+    prepare = family.pack if packed_vision else family.stack
+    return batch | prepare(examples, processor, input_ids_BT)
 
 
 def refuse_token_mismatch(example: Example, processor: Any, family: Family) -> None:
@@ -95,7 +98,7 @@ class Collator:
         self.sampler = sampler
         self.num_train_rows = num_train_rows
 
-    def __call__(self, features: Sequence[dict[str, int]]) -> dict[str, torch.Tensor]:
+    def __call__(self, features: Sequence[dict[str, int]]) -> dict[str, Any]:
         """A batch of the rows whose numbers are given as `row`. Raises `DataError`, naming the
         row.
         """
@@ -109,7 +112,10 @@ class Collator:
                 raise DataError(
                     f"{row.where}: {error} (it was checked, and changed since then)"
                 ) from error
-        return collate(examples, self.encoder.processor, self.encoder.family)
+        encoder = self.encoder
+        return collate(
+            examples, encoder.processor, encoder.family, packed_vision=encoder.packed_vision
+        )
 
     def _draws(self, row: int) -> Draws | None:
         if not self.augmentation or row >= self.num_train_rows:

@@ -93,13 +93,21 @@ class Encoder:
     images: ImagesSection
     max_tokens: int | None = None
     overlong: Overlong = "stop"
+    packed_vision: bool = False
+    """Whether batches hold views as they are, or the library's padded tensors."""
 
     @classmethod
     def of_recipe(
-        cls, processor: Any, family: Family, images: ImagesSection, data: DataSection
+        cls,
+        processor: Any,
+        family: Family,
+        images: ImagesSection,
+        data: DataSection,
+        *,
+        packed_vision: bool = False,
     ) -> "Encoder":
         """The encoder that a recipe's settings make."""
-        return cls(processor, family, images, data.max_tokens, data.overlong)
+        return cls(processor, family, images, data.max_tokens, data.overlong, packed_vision)
 
     @cached_property
     def renderer(self) -> Renderer:

@@ -11,7 +11,6 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from finetune.data.augment import Augmentation, Draws
@@ -190,8 +189,12 @@ class StreamCollator:
         number of rows taken.
         """
         leave_interrupts_to_the_main_process()
-        batch: dict[str, torch.Tensor | Any] = collate(
-            [feature.example for feature in features], self.encoder.processor, self.encoder.family
+        encoder = self.encoder
+        batch = collate(
+            [feature.example for feature in features],
+            encoder.processor,
+            encoder.family,
+            packed_vision=encoder.packed_vision,
         )
         batch["stream"] = {
             "consumer": features[-1].consumer,

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from finetune.data.packed_views import pack_views
 from finetune.data.views import ImagePlan
 from finetune.recipe import ImagesSection
 
@@ -41,6 +42,21 @@ class ViewedRow(Protocol):
     def plans(self) -> Sequence[ImagePlan]:
         """How each image was cut into its views."""
         ...
+
+
+@dataclass(frozen=True)
+class ViewEncoder:
+    """How views become features, where these take the places of the image tokens in the text.
+
+    Both are given the model that holds tower and connector, and call its modules as modules, so
+    that the hooks of what wraps them run.
+    """
+
+    tower: Callable[[Any, torch.Tensor], torch.Tensor]
+    """Views of one size [n, C, H, W], normalised -> what the connector takes of them [n, P, D]."""
+
+    connect: Callable[[Any, torch.Tensor], torch.Tensor]
+    """That [n, P, D] -> the features [n, L, E] that stand in the text."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +123,14 @@ class Family:
 
     recognises: Callable[[Any], bool] = lambda config: True
     """Whether a configuration of this `model_type` is of this family."""
+
+    pack: Callable[[Sequence[ViewedRow], Any, torch.Tensor], dict[str, Any]] = pack_views
+    """As `stack`, with a `PackedViews` for `pixel_values`, as the model takes it once
+    `finetune.model.vision` has been there.
+    """
+
+    view_encoder: ViewEncoder | None = None
+    """The steps from packed views to features; None where cross-attention reads them."""
 
     closes_every_turn: bool = True
     """Whether the template puts `turn_end_token` after users' turns as well as after answers."""

@@ -175,6 +175,7 @@ IDEFICS = Family(
     finish_text=finish_text,
     num_image_tokens=lambda processor, plan: 1,
     stack=stack,
+    pack=stack,
     set_images=lambda processor, images: None,
     own_images=lambda processor: {},
     lent_template=INSTRUCT_TEMPLATE,

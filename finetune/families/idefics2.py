@@ -15,7 +15,7 @@ import torch
 
 from finetune.data.views import Box, ImagePlan, Size, View
 from finetune.errors import DataError
-from finetune.families.family import Family, Part, Template, ViewedRow
+from finetune.families.family import Family, Part, Template, ViewedRow, ViewEncoder
 from finetune.recipe import ImagesSection
 
 FAKE = "<fake_token_around_image>"
@@ -182,6 +182,23 @@ def normalised(view: np.ndarray, image_processor: Any) -> torch.Tensor:
     return (torch.from_numpy(view).float() * image_processor.rescale_factor - mean) / std
 
 
+def tower(inner: Any, pixels_nCHW: torch.Tensor) -> torch.Tensor:
+    """The last hidden states of views without padding [n, P, D]."""
+    num_views, _, height, width = pixels_nCHW.shape
+    patch = inner.config.vision_config.patch_size
+    is_patch = torch.ones(
+        (num_views, height // patch, width // patch), dtype=torch.bool, device=pixels_nCHW.device
+    )
+    seen = inner.vision_model(pixel_values=pixels_nCHW, patch_attention_mask=is_patch)
+    return seen.last_hidden_state
+
+
+def connect(inner: Any, hidden_nPD: torch.Tensor) -> torch.Tensor:
+    """Their latents [n, L, E]."""
+    is_patch = torch.ones(hidden_nPD.shape[:2], dtype=torch.bool, device=hidden_nPD.device)
+    return inner.connector(hidden_nPD, attention_mask=is_patch)
+
+
 def set_images(processor: Any, images: ImagesSection) -> None:
     """On the object, because a per-call `do_image_splitting` changes the views but not the number
     of image tokens. With `split: auto` the processor does not split: each image decides for itself.
@@ -234,6 +251,7 @@ IDEFICS2 = Family(
     finish_text=finish_text,
     num_image_tokens=num_image_tokens,
     stack=stack_padded_views,
+    view_encoder=ViewEncoder(tower=tower, connect=connect),
     set_images=set_images,
     own_images=own_images,
     cheaper_images=unsplit,

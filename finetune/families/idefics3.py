@@ -10,13 +10,14 @@ from typing import Any
 
 from finetune.data.views import ImagePlan, Size, View
 from finetune.errors import ModelError
-from finetune.families.family import Family, Part
+from finetune.families.family import Family, Part, ViewEncoder
 from finetune.families.idefics2 import (
     FAKE,
     IMAGE,
     PARTS,
     num_image_tokens,
     stack_padded_views,
+    tower,
 )
 from finetune.recipe import ImagesSection
 
@@ -162,6 +163,7 @@ IDEFICS3 = Family(
     image_text=image_text,
     num_image_tokens=num_image_tokens,
     stack=stack_padded_views,
+    view_encoder=ViewEncoder(tower, lambda inner, hidden_nPD: inner.connector(hidden_nPD)),
     set_images=set_images,
     own_images=own_images,
     cheaper_images=fewer_tiles,

@@ -13,7 +13,7 @@ import torch
 
 from finetune.data.views import Canvas, ImagePlan, View
 from finetune.errors import DataError
-from finetune.families.family import Family, Part, Template, ViewedRow
+from finetune.families.family import Family, Part, Template, ViewedRow, ViewEncoder
 from finetune.families.idefics2 import normalised
 from finetune.recipe import ImagesSection
 
@@ -128,6 +128,15 @@ def stack_views(
     return {"pixel_values": torch.stack(views)} if views else {}
 
 
+def tower(inner: Any, pixels_nCHW: torch.Tensor) -> torch.Tensor:
+    """The hidden states that the configuration chooses [n, P, D]: those of one layer, less the
+    first patch with the strategy `default`.
+    """
+    seen = inner.vision_tower(pixels_nCHW, output_hidden_states=True).hidden_states
+    chosen = seen[inner.config.vision_feature_layer]
+    return chosen[:, 1:] if inner.config.vision_feature_select_strategy == "default" else chosen
+
+
 def build_processor(load: Any, config: Any) -> Any:
     """The checkpoint's processor, which then pads images where it would cut off their sides."""
     processor = load(None)
@@ -189,6 +198,10 @@ def why_untrainable(config: Any) -> str | None:
     )
 
 
+VIEW_ENCODER = ViewEncoder(
+    tower, connect=lambda inner, hidden_nPD: inner.multi_modal_projector(hidden_nPD)
+)
+
 LLAVA = Family(
     name="llava",
     model_type="llava",
@@ -201,6 +214,7 @@ LLAVA = Family(
     image_text=image_text,
     num_image_tokens=num_image_tokens,
     stack=stack_views,
+    view_encoder=VIEW_ENCODER,
     set_images=lambda processor, images: None,  # one size, never split
     own_images=lambda processor: {},
     recognises=lambda config: not knows_two_more_tokens(config),

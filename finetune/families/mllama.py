@@ -244,6 +244,7 @@ MLLAMA = Family(
     image_text=lambda processor, plan, number: IMAGE,
     num_image_tokens=lambda processor, plan: 1,
     stack=stack,
+    pack=stack,
     set_images=lambda processor, images: None,
     own_images=lambda processor: {},
     lent_template=BASE_TEMPLATE,

@@ -18,6 +18,7 @@ def generate_answers(
     *,
     max_new_tokens: int,
     batch_size: int,
+    packed_vision: bool = False,
     on_batch: Callable[[int], None] = lambda _num_rows: None,
 ) -> list[str]:
     """The model's answer to each prompt, in the order given; `on_batch` hears how many rows each
@@ -38,7 +39,13 @@ def generate_answers(
     model.eval()
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        batch = collate([prompts[i] for i in chosen], processor, family, padding_side="left")
+        batch = collate(
+            [prompts[i] for i in chosen],
+            processor,
+            family,
+            padding_side="left",
+            packed_vision=packed_vision,
+        )
         del batch["labels"]
         inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
         with torch.inference_mode():

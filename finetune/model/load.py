@@ -20,6 +20,7 @@ from finetune.model.quantize import (
     quantization_config,
     refuse_other_modules,
 )
+from finetune.model.vision import take_packed_views
 from finetune.recipe import ImagesSection, ModelSection
 
 EMBEDDED = "nano"
@@ -190,6 +191,8 @@ def load_model(model: ModelSection) -> tuple[Any, Family]:
         refuse_other_modules(loaded, family, model.name)
         keep_weights_as_loaded(loaded)
     family.adjust_model(loaded)
+    if model.packed_vision:
+        take_packed_views(loaded, family)
     return loaded, family
 
 

@@ -9,7 +9,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal
 
 import torch
@@ -195,7 +195,7 @@ def hold_weights(live: LiveBytes, model: torch.nn.Module) -> None:
 
 def step_memory(
     model: Any,
-    batch: Mapping[str, torch.Tensor],
+    batch: Mapping[str, Any],
     *,
     term_of: Callable[[str], str | None],
     optimizer: str,
@@ -221,9 +221,10 @@ def step_memory(
     live.live["batch"] = bytes_of_other_batches
     inputs = {}
     for name, values in batch.items():
-        inputs[name] = torch.empty_like(values, device="meta")
-        live.hold(inputs[name], "batch")
-        live.give_values(inputs[name], values)
+        inputs[name] = values.to("meta")
+        for tensor, real in zip(tensors_of(inputs[name]), tensors_of(values), strict=True):
+            live.hold(tensor, "batch")
+            live.give_values(tensor, real)
     for parameter in trained:
         parameter.grad = None
         if accumulates:
@@ -265,7 +266,18 @@ def step_memory(
     return StepMemory({term: terms.get(term, 0) for term in TERMS}, peak_at, live.traced.flops)
 
 
-def step_loss(model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def tensors_of(value: Any) -> list[torch.Tensor]:
+    """The tensors of one entry of a batch, which may be an object of several."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if is_dataclass(value):
+        value = [getattr(value, each.name) for each in fields(value)]
+    return (
+        [t for each in value for t in tensors_of(each)] if isinstance(value, (list, tuple)) else []
+    )
+
+
+def step_loss(model: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
     """The loss of a batch, as `SFTTrainer.compute_loss` has it.
 
     Source: trl 1.16, trl/trainer/sft_trainer.py.

@@ -15,6 +15,7 @@ from finetune.model.load import load_config
 from finetune.model.memory import StepMemory, quantise, set_up_training, step_memory
 from finetune.model.methods import make_trainable, mixes_dtypes
 from finetune.model.parts import part_of, target_pattern
+from finetune.model.vision import take_packed_views
 from finetune.model.vocabulary import extend_vocabulary
 from finetune.recipe import Recipe
 
@@ -50,6 +51,8 @@ class PlannedModel:
                 attn_implementation="eager" if attention == "eager" else "sdpa",
             )
         self.family.adjust_model(model)
+        if recipe.model.packed_vision:
+            take_packed_views(model, self.family)
         self.part_of = part_of(self.family, config)
         by_part: Counter[str] = Counter()
         for name, parameter in model.named_parameters():
@@ -78,7 +81,7 @@ class PlannedModel:
         other.recipe = recipe
         return other
 
-    def step(self, batch: Mapping[str, torch.Tensor], bytes_of_other_batches: int) -> StepMemory:
+    def step(self, batch: Mapping[str, Any], bytes_of_other_batches: int) -> StepMemory:
         """What a step with this batch takes. Raises `ModelError`."""
         training, dtype = self.recipe.training, self.recipe.model.dtype
         set_up_training(self.adapted, checkpointing=training.gradient_checkpointing)

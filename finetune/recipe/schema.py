@@ -65,6 +65,9 @@ class ModelSection(Section):
     """Hold the language weights in 4 bits (nf4) or 8 bits (int8); the rest stays as dtype says."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention kernel. auto takes the fastest one that the machine has."""
+    packed_vision: bool = True
+    """Compute views at their own size, each once. false pads them to the largest, as the library
+    does."""
 
 
 class ImagesSection(Section):
