@@ -9,29 +9,33 @@ on that line, and from any line above it in this list; never from a line below.
     recipe.schema  recipe.loading
     recipe.copying
     recipe  recipe.docs  rundir
-    data  data.signatures  data.truncation  data.pdf  data.downloads  data.images
+    data  data.signatures  data.truncation  data.pdf  data.downloads  data.pillow  data.images
     data.views  data.packed_views
     families.family  families.idefics2  families.idefics3  families.smolvlm
     families.llava  families.mantis  families.mllama  families.idefics
     families
-    data.render  data.shorten  data.augment
+    data.render  data.shorten  data.augment  data.sequences
     data.containers.files  data.containers.cleaning  data.containers.json_text
     data.containers.container
     data.containers.cached  data.containers.compressed  data.containers.json_rows
     data.containers.delimited  data.containers.documents  data.containers.tar_shards
     data.containers.image_folders  data.containers.arrow  data.containers.hub
     data.containers.kinds  data.containers.streams  data.containers.opening  data.containers
-    data.sources  data.stamps  data.examples  data.examination  data.examined  data.sampling
+    data.sources  data.stamps  data.vision_cache  data.pictures  data.examples
+    data.examination  data.examined
+    data.gathering  data.batches  data.heaviest  data.sampling
     data.collate  data.streaming
-    model  model.parts  model.quantize  model.vision  model.load  model.vocabulary  model.adapters
-    model.pissa  model.methods  model.optimizer  model.generate
+    model  model.parts  model.compiling  model.quantize  model.varlen  model.vision
+    model.attention  model.load
+    model.vocabulary  model.vision_cache  model.adapters  model.pissa  model.methods
+    model.optimizer  model.generate  model.loss
     model.tracing  model.kernels  model.memory  model.planned
     metrics.text  metrics
     environment
     charts  report
     checking  check_page  preview_page
     findings  callbacks  trainer
-    judging  preparation  planning  fitting
+    judging  preparation  cache_plan  planning  fitting
     requirements  resuming
     tables
     train  evaluate  chat  check  preview  convert  plan

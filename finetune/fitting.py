@@ -6,10 +6,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from finetune.data.sampling import Batching
 from finetune.errors import DataError, ModelError
 from finetune.model.planned import PlannedModel
 from finetune.planning import Planner, needed_bytes
-from finetune.recipe import ImagesSection, Recipe
+from finetune.recipe import ImagesSection, Recipe, TrainingSection
 
 Settings = Mapping[str, Any]
 """Values by dotted name."""
@@ -130,7 +131,8 @@ class _Peaks:
                 self.models[key] = planner.model
             planner.model = self.models[key].with_training(changed)
             peak = 0
-            for numbers in planner.rows.heaviest(changed.training.batch_size):
+            limits = Batching.of_recipe(changed.training).limits
+            for numbers in planner.rows.heaviest(limits):
                 memory = planner.batch(numbers).memory
                 peak = max(peak, needed_bytes(memory, planner.device))
                 if peak > self.limit_bytes:
@@ -150,15 +152,7 @@ def _savings(planner: Planner) -> Iterator[list[Saving]]:
     settings, of which one is chosen, the mildest first.
     """
     recipe, training, adapter = planner.recipe, planner.recipe.training, planner.recipe.adapter
-    samples = training.batch_size * training.gradient_accumulation
-    yield [
-        Saving(
-            {"training.batch_size": size, "training.gradient_accumulation": samples // size},
-            "the same training, a little slower",
-        )
-        for size in range(training.batch_size - 1, 0, -1)
-        if samples % size == 0
-    ]
+    yield list(smaller_batches(training))
     if not training.gradient_checkpointing:
         slower = "the same training, about a third slower"
         yield [Saving({"training.gradient_checkpointing": True}, slower)]
@@ -171,6 +165,28 @@ def _savings(planner: Planner) -> Iterator[list[Saving]]:
         yield [Saving({"adapter.method": "lora"}, "fewer weights learn")]
     elif max(adapter.rank.values() if isinstance(adapter.rank, dict) else [adapter.rank]) > 8:
         yield [Saving({"adapter.rank": 8}, "the adapter learns less")]
+
+
+def smaller_batches(training: TrainingSection) -> Iterator[Saving]:
+    """Fewer rows a pass, and as many more passes a step."""
+    passes, slower = training.gradient_accumulation, "the same training, a little slower"
+    if training.batch_size:
+        samples = training.batch_size * passes
+        for size in range(training.batch_size - 1, 0, -1):
+            if samples % size == 0:
+                settings = {"batch_size": size, "gradient_accumulation": samples // size}
+                yield Saving({f"training.{key}": value for key, value in settings.items()}, slower)
+        return
+    budgets = {
+        f"training.{key}": budget
+        for key in ("batch_tokens", "batch_patches")
+        if (budget := getattr(training, key))
+    }
+    for share in (2, 4, 8):
+        if min(budgets.values()) >= share:
+            smaller = {key: budget // share for key, budget in budgets.items()}
+            more = {"training.gradient_accumulation": passes * share}
+            yield Saving(smaller | more, f"about {slower}")
 
 
 def _smaller_images(planner: Planner) -> Iterator[list[Saving]]:

@@ -108,14 +108,14 @@ def print_plan(result: PlanResult, results: Console | None = None) -> None:
 
 
 def _run_table(plan: Plan) -> Table:
-    parameters, mean, training = plan.parameters, plan.mean_row, plan.recipe.training
+    parameters, mean = plan.parameters, plan.mean_row
     table = Table(title=Text(f"{plan.recipe.model.name}: planned, not measured"))
     table.title_justify = "left"
     table.show_header = False
     table.add_column()
     table.add_column(justify="right")
     share = parameters.trainable / parameters.total
-    rows = training.gradient_accumulation * training.batch_size
+    rows = plan.rows_per_step
     for name, value in (
         ("parameters", f"{parameters.total:,}"),
         ("  vision", f"{parameters.vision:,}"),
@@ -124,7 +124,7 @@ def _run_table(plan: Plan) -> Table:
         ("trained", f"{parameters.trainable:,} ({share:.2%})"),
         ("adapter on disk", f"{parameters.adapter_bytes / 2**20:,.1f} MiB"),
         ("steps, on one device", f"{plan.steps:,}"),
-        ("rows a step", f"{rows:,}"),
+        ("rows a step", f"{rows:,.1f}".removesuffix(".0")),
         ("images a step", f"{mean['num_images'] * rows:,.1f}"),
         ("views a step", f"{mean['num_views'] * rows:,.1f}"),
         ("tokens a step", f"{mean['num_tokens'] * rows:,.0f}"),
@@ -162,6 +162,8 @@ def _verdict(result: PlanResult) -> Iterator[str]:
     where = plan.worst.where
     more = f" and {counted(len(where) - 1, 'row')} beside it" if len(where) > 1 else ""
     yield f"heaviest batch: {where[0]}{more}"
+    if cache := plan.vision_cache:
+        yield cache.in_words(_in_flops(cache.flops_saved))
     if plan.is_streamed:
         yield "planned from the first rows of a stream; heavier ones may come"
     if plan.device == "cuda":

@@ -7,7 +7,6 @@ meta device, and one step of the mean and of the heaviest batch is followed thro
 """
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -16,16 +15,25 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from finetune.cache_plan import (
+    CachePlan,
+    FeatureShape,
+    KeepsNothing,
+    seeing_features,
+    shares_shown_first,
+)
 from finetune.data.collate import Collator
 from finetune.data.examples import Encoder, RowCounts
-from finetune.data.sampling import EpochSampler, heaviest_batches
+from finetune.data.gathering import Limits, RowSizes
+from finetune.data.heaviest import heaviest_batches
+from finetune.data.sampling import Batching, EpochBatches, EpochSampler
 from finetune.data.sources import Row
 from finetune.errors import DataError
 from finetune.model.kernels import Device
 from finetune.model.memory import StepMemory, tensors_of
 from finetune.model.planned import Parameters, PlannedModel
-from finetune.preparation import cache_of, load_encoder, open_streams, prepare_rows
-from finetune.recipe import Recipe
+from finetune.preparation import cache_of, load_encoder, open_streams, prepare_rows, row_sizes
+from finetune.recipe import Recipe, TrainingSection
 
 # What the driver and CUDA's own libraries hold on a card beside torch's tensors. It differs between
 # cards and versions; `scripts/bench_gpu.py` reports it as the difference to what the card says.
@@ -43,6 +51,12 @@ class RowCosts:
     counts: np.ndarray
     an_epoch: int | None
     """None where rows are streamed: then `rows` are the stream's first ones."""
+    spans: Sequence[tuple[int, float]] = ()
+    """Number of rows and weight of each source."""
+    sizes: RowSizes | None = None
+    """What batches are made by; from `counts` where it is left out."""
+    shown_first: np.ndarray | None = None
+    """Of each row's pictures the share that no row before shows."""
 
     def mean(self) -> dict[str, float]:
         """Of each cost, a row."""
@@ -55,15 +69,21 @@ class RowCosts:
         distance = np.abs(table / scale - table.mean(axis=0) / scale).sum(axis=1)
         return self._first(np.argsort(distance, kind="stable"), number)
 
-    def heaviest(self, number: int) -> list[list[int]]:
-        """Batches of this many rows, from few rows again and again, one of which is the heaviest
-        that there can be; without those of the same tokens and pixels as one before.
+    def heaviest(self, limits: Limits) -> list[list[int]]:
+        """Batches one of which is the heaviest that there can be, without those of the same tokens
+        and pixels as one before; of so many rows also where there are fewer, again and again.
         """
         table = self._table()
         alike: dict[tuple[Any, ...], list[int]] = {}
-        for batch in heaviest_batches(self.counts, number):
+        for batch in heaviest_batches(self.sizes or RowSizes.of_counts(self.counts), limits):
             alike.setdefault(tuple(map(tuple, table[sorted(batch)].tolist())), batch)
-        return [self._first(np.array(batch), number) for batch in alike.values()]
+        return [self._first(np.array(batch), limits.rows or len(batch)) for batch in alike.values()]
+
+    def batches(self, training: TrainingSection) -> EpochBatches:
+        """Those that a run with these settings trains; not where rows are streamed."""
+        assert self.an_epoch is not None
+        sampler = EpochSampler(self.spans, training.seed)
+        return EpochBatches(sampler, Batching.of_recipe(training), self.sizes)
 
     def _table(self) -> np.ndarray:
         return np.stack(
@@ -108,12 +128,15 @@ class Plan:
     mean: BatchPlan
     worst: BatchPlan
     is_streamed: bool
+    rows_per_batch: float
+    """The mean, where batches are filled up to a budget or with rows of one picture."""
+    vision_cache: CachePlan | None
+    """None where there is nothing to keep, or rows are streamed."""
 
     @property
-    def rows_per_step(self) -> int:
+    def rows_per_step(self) -> float:
         """On this device."""
-        training = self.recipe.training
-        return training.batch_size * training.gradient_accumulation
+        return round(self.rows_per_batch * self.recipe.training.gradient_accumulation, 1)
 
     @property
     def flops_per_step(self) -> int:
@@ -147,6 +170,7 @@ class Plan:
             "terms": worst["terms"],
             "mean": self.mean.to_json(),
             "worst": worst,
+            "vision_cache": self.vision_cache and self.vision_cache.to_json(),
         }
 
 
@@ -183,11 +207,19 @@ class Planner:
 
     def plan(self) -> Plan:
         """All of it."""
-        batch_size = self.recipe.training.batch_size
-        mean = self.batch(self.rows.typical(batch_size))
-        heaviest = [
-            self.batch(numbers, of_others=mean) for numbers in self.rows.heaviest(batch_size)
-        ]
+        rows_per_batch = self.rows_per_batch()
+        typical = self.rows.typical(max(round(rows_per_batch), 1))
+        with seeing_features(self.model) as shapes:
+            mean = self.batch(typical)
+        limits = Batching.of_recipe(self.recipe.training).limits
+        batches = self.rows.heaviest(limits)
+        heaviest = [self.batch(numbers, of_others=mean) for numbers in batches]
+        features = shapes[0] if shapes else None
+        kept = self.batch(typical, features=features) if features else None
+        if features and self.recipe.training.vision_cache != "off":  # may be more than pixels
+            heaviest += [
+                self.batch(numbers, of_others=kept, features=features) for numbers in batches
+            ]
         return Plan(
             recipe=self.recipe,
             device=self.device,
@@ -197,25 +229,62 @@ class Planner:
             mean=mean,
             worst=max(heaviest, key=lambda each: each.memory.peak_bytes),
             is_streamed=self.rows.an_epoch is None,
+            rows_per_batch=rows_per_batch,
+            vision_cache=self._cache_plan(features, mean, kept) if features and kept else None,
         )
+
+    def _cache_plan(
+        self, features: FeatureShape, mean: BatchPlan, kept: BatchPlan
+    ) -> CachePlan | None:
+        """From the mean batch with its views, and with their features as they are `kept`."""
+        rows = self.rows
+        if rows.an_epoch is None or rows.shown_first is None:
+            return None
+        views, pixels = (
+            float((rows.counts[name] * rows.shown_first).sum())
+            for name in ("num_views", "num_view_pixels")
+        )
+        return CachePlan(
+            stage=features.stage,
+            needed_bytes=features.num_bytes(views, pixels),
+            limit_bytes=self.recipe.training.vision_cache_bytes,
+            flops_saved=(mean.memory.flops - kept.memory.flops) * len(self.batches),
+        )
+
+    @cached_property
+    def batches(self) -> EpochBatches:
+        """Those of the run; not where rows are streamed."""
+        return self.rows.batches(self.recipe.training)
+
+    def rows_per_batch(self) -> float:
+        """How many a batch has, or the mean where that differs."""
+        batch_size = self.recipe.training.batch_size
+        is_even = self.rows.an_epoch is None or self.batches.have_one_size
+        if batch_size and is_even:
+            return batch_size
+        return len(self.batches.sampler) / len(self.batches)
 
     def num_steps(self) -> int:
         """Optimizer steps on one device, as the trainer counts them."""
-        training = self.recipe.training
-        if training.max_steps:
-            return training.max_steps
-        assert self.rows.an_epoch is not None, "a streamed recipe has max_steps"
-        batches = math.ceil(self.rows.an_epoch / training.batch_size)
-        per_epoch = math.ceil(batches / training.gradient_accumulation)
-        return math.ceil((training.epochs or 1) * per_epoch)
+        return self.recipe.training.max_steps or self.batches.num_steps()
 
-    def batch(self, numbers: Sequence[int], *, of_others: BatchPlan | None = None) -> BatchPlan:
-        """The batch of these rows; the step's others are like it, or like `of_others`.
+    def batch(
+        self,
+        numbers: Sequence[int],
+        *,
+        of_others: BatchPlan | None = None,
+        features: FeatureShape | None = None,
+    ) -> BatchPlan:
+        """The batch of these rows; the step's others are like it, or like `of_others`. With
+        `features` it has these in place of its views.
 
         The trainer collates all batches of a step before it computes the first (transformers,
         trainer.py, get_batch_samples), so that a step holds the pixels of all of them.
         """
         tensors = Collator(self.encoder, self.rows.rows)([{"row": each} for each in numbers])
+        if features and "pixel_values" in tensors:
+            tensors["pixel_values"] = features.in_place_of(tensors["pixel_values"])
+            self.model.inner.feature_keeper = KeepsNothing(features.stage)
         accumulation = self.recipe.training.gradient_accumulation
         other = sum(each.nbytes for value in tensors.values() for each in tensors_of(value))
         if of_others:
@@ -242,8 +311,10 @@ def count_rows(recipe: Recipe, encoder: Encoder, console: Console) -> RowCosts:
     cache = cache_of(recipe.output.dir)
     if not any(source.streaming for source in recipe.data.train):
         train, _ = prepare_rows(recipe, encoder, cache, console)
-        sampler = EpochSampler(train.spans(), recipe.training.seed)
-        return RowCosts(train.rows, train.counts, len(sampler))
+        spans, sizes = train.spans(), row_sizes(recipe, encoder, train)
+        an_epoch = len(EpochSampler(spans, recipe.training.seed))
+        shown_first = shares_shown_first(train)
+        return RowCosts(train.rows, train.counts, an_epoch, spans, sizes, shown_first)
     streams = open_streams(recipe, cache, console)
     each = [itertools.islice(s.iterate(), STREAMED_ROWS // len(streams) + 1) for s in streams]
     rows = [row for _, row in itertools.chain(*each) if isinstance(row, Row)]

@@ -23,9 +23,12 @@ from finetune.data.examination import (
 )
 from finetune.data.examined import examine_once
 from finetune.data.examples import Encoder
+from finetune.data.gathering import RowSizes
 from finetune.data.sampling import hold_out
+from finetune.data.sequences import Layouting
 from finetune.data.sources import Rows, Source, StreamSource, open_source, open_stream_source
-from finetune.errors import DataError, summarise_problems
+from finetune.errors import DataError, RecipeError, summarise_problems
+from finetune.families.family import Family
 from finetune.model.load import load_config, load_processor
 from finetune.model.vocabulary import add_extra_tokens
 from finetune.recipe import DataSection, DataSource, Recipe
@@ -55,9 +58,15 @@ def load_encoder(recipe: Recipe, console: Console) -> Encoder:
     """What turns rows into examples for the recipe's model; its `images` are the recipe's, with the
     checkpoint's own where the recipe leaves them open.
 
-    Warns of settings that the model has no use for. Raises `ModelError`.
+    Warns of settings that the model has no use for. Raises `ModelError`, and `RecipeError` for
+    those that it cannot carry out.
     """
     _, family = load_config(recipe.model)
+    if recipe.training.vision_cache != "off" and not family.view_encoder:
+        raise RecipeError(
+            "training.vision_cache: keeps features that stand in the text, as those of "
+            f"{family.name} do not; set it to off"
+        )
     processor, images = load_processor(recipe.model, recipe.images)
     add_extra_tokens(processor, recipe)
     idle = [
@@ -80,7 +89,12 @@ def load_encoder(recipe: Recipe, console: Console) -> Encoder:
     for warning in idle:
         console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
     return Encoder.of_recipe(
-        processor, family, images, recipe.data, packed_vision=recipe.model.packed_vision
+        processor,
+        family,
+        images,
+        recipe.data,
+        packed_vision=recipe.model.packed_vision,
+        layouting=layouting_of(recipe, family),
     )
 
 
@@ -172,6 +186,64 @@ def progress(console: Console, what: str) -> Iterator[Callable[[int, int], None]
     with bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total or None)
+
+
+def row_sizes(recipe: Recipe, encoder: Encoder, prepared: PreparedRows) -> RowSizes:
+    """What the rows cost in a batch; those of one picture are known as such where they are to be
+    gathered.
+    """
+    config, family = load_config(recipe.model)
+    patch_px = getattr(config.vision_config, "patch_size", 14)
+    if not gathers_pictures(recipe, family):
+        return RowSizes.of_counts(prepared.counts, patch_px=patch_px)
+    processor = encoder.processor
+    plan = family.plan_image(480, 360, encoder.images, processor.image_processor)
+    examination = prepared.examination
+    num_images = examination.counts["num_images"].astype(np.int64)
+    with_images = np.flatnonzero(num_images)
+    first = np.zeros(len(num_images), np.uint64)
+    first[with_images] = examination.image_keys[(np.cumsum(num_images) - num_images)[with_images]]
+    return RowSizes.of_counts(
+        prepared.counts,
+        patch_px=patch_px,
+        picture_keys=first[prepared.rows.numbers],
+        tokens_a_view=family.num_image_tokens(processor, plan) // len(plan.views),
+    )
+
+
+def gathers_pictures(recipe: Recipe, family: Family) -> bool:
+    """Whether rows that begin with one picture are put into one batch: where they can be trained as
+    one sequence.
+    """
+    return (
+        recipe.training.share_images == "auto"
+        and family.view_encoder is not None  # where cross-attention sees pictures, by row
+        and recipe.model.attention != "flash_attention_2"  # whose kernel takes no mask
+        and recipe.data.random_upscale == 1  # or each row shows it at a size of its own
+        and not recipe.training.neftune_alpha  # or rows would share the noise, too
+    )
+
+
+def layouting_of(recipe: Recipe, family: Family) -> Layouting | None:
+    """Which rows of a batch are trained as one sequence; None where all are trained apart.
+
+    Raises `RecipeError` where the recipe packs rows for a model that cannot keep them apart.
+    """
+    packing = recipe.training.packing
+    if packing and not family.view_encoder:
+        raise RecipeError(
+            f"training.packing: {family.name} sees pictures by cross-attention, which would show "
+            "those of a row to all rows of its sequence; leave packing out"
+        )
+    share_images = gathers_pictures(recipe, family)
+    if not packing and not share_images:
+        return None
+    return Layouting(
+        packing=packing,
+        share_images=share_images,
+        max_tokens=recipe.data.max_tokens,
+        one_sequence=recipe.model.attention == "flash_attention_2",
+    )
 
 
 def _prepare(

@@ -10,6 +10,8 @@ from finetune.model.methods import mixes_dtypes
 from finetune.model.optimizer import PIP_NAMES, package_of
 from finetune.recipe import Recipe
 
+_PIP_NAMES = PIP_NAMES | {"liger_kernel": "liger-kernel"}
+
 
 def refuse_what_cannot_run(recipe: Recipe, source: str) -> None:
     """Raise `RecipeError` for settings that this version or this machine cannot carry out.
@@ -18,8 +20,6 @@ def refuse_what_cannot_run(recipe: Recipe, source: str) -> None:
     """
     training, on_gpu = recipe.training, torch.cuda.is_available()
     unbuilt = {
-        "training.packing": training.packing,
-        "training.vision_cache": training.vision_cache != "off",
         "several processes (WORLD_SIZE)": int(os.environ.get("WORLD_SIZE") or 1) > 1,
     }
     problems = [
@@ -35,6 +35,8 @@ def refuse_what_cannot_run(recipe: Recipe, source: str) -> None:
     name = training.optimizer
     if name.startswith(("galore_adamw_8bit", "adalomo")) and not on_gpu:
         problems.append(f"training.optimizer: {name} runs on a GPU only; set adamw_torch")
+    if training.loss_kernel == "liger" and not on_gpu:
+        problems.append("training.loss_kernel: liger runs on a GPU only; set auto or torch")
     if name == "galore_adafactor_layerwise":
         problems.append(
             f"training.optimizer: {name} cannot be set up by this version of transformers; "
@@ -42,7 +44,7 @@ def refuse_what_cannot_run(recipe: Recipe, source: str) -> None:
         )
     problems += [
         f"{setting}: needs the package {package}, which is not installed; pip install "
-        f"{PIP_NAMES.get(package, package)}"
+        f"{_PIP_NAMES.get(package, package)}"
         for setting, package in _packages(recipe).items()
         if find_spec(package) is None
     ]
@@ -59,6 +61,8 @@ def _packages(recipe: Recipe) -> dict[str, str]:
         needed[f"training.optimizer: {optimizer}"] = package
     if recipe.model.quantize != "none":
         needed[f"model.quantize: {recipe.model.quantize}"] = "bitsandbytes"
+    if recipe.training.loss_kernel == "liger":
+        needed["training.loss_kernel: liger"] = "liger_kernel"
     if recipe.model.attention == "flash_attention_2":
         needed["model.attention: flash_attention_2"] = "flash_attn"
     return needed

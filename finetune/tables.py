@@ -1,6 +1,5 @@
 """What the verbs print on a terminal: tables for a person, from plain values."""
 
-import math
 import shlex
 import shutil
 import sys
@@ -11,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune.checking import Duplicates, Part
-from finetune.data.sampling import EpochSampler
+from finetune.data.sampling import EpochBatches
 from finetune.preparation import PreparedRows, counted
 from finetune.recipe import Recipe
 from finetune.rundir import RunDir, read_json, read_jsonl
@@ -78,16 +77,18 @@ def print_summary(run: RunDir, results: Console) -> None:
     )
 
 
-def dry_run_table(recipe: Recipe, train: PreparedRows, num_held_out: int) -> Table:
+def dry_run_table(
+    recipe: Recipe, train: PreparedRows, batches: EpochBatches, num_held_out: int
+) -> Table:
     """What a dry run found."""
     table = Table(title="dry run: nothing was written", title_justify="left", show_header=False)
     table.add_column()
     table.add_column(overflow="fold")  # a path is of no use with its end cut off
-    training = recipe.training
-    an_epoch = len(EpochSampler(train.spans(), training.seed))
-    batches = math.ceil(an_epoch / training.batch_size)
-    per_epoch = math.ceil(batches / training.gradient_accumulation)
-    steps = training.max_steps or math.ceil((training.epochs or 1) * per_epoch)
+    an_epoch, accumulation = len(batches.sampler), recipe.training.gradient_accumulation
+    if recipe.training.batch_size and batches.have_one_size:
+        rows_per_step = f"{recipe.training.batch_size * accumulation:,}"
+    else:
+        rows_per_step = f"{an_epoch / len(batches) * accumulation:,.1f} in the mean"
     longest = int(train.counts["num_tokens"].argmax())
     tokens, views = (int(train.counts[longest][key]) for key in ("num_tokens", "num_views"))
     for name, value in (
@@ -95,8 +96,8 @@ def dry_run_table(recipe: Recipe, train: PreparedRows, num_held_out: int) -> Tab
         ("train rows", f"{len(train.rows):,}"),
         ("rows an epoch", f"{an_epoch:,}"),
         ("held-out rows", f"{num_held_out:,}"),
-        ("rows per step", f"{training.batch_size * training.gradient_accumulation:,} per device"),
-        ("steps", f"{steps:,} on one device"),
+        ("rows per step", f"{rows_per_step} per device"),
+        ("steps", f"{batches.num_steps():,} on one device"),
         ("longest row", f"{counted(tokens, 'token')}, {counted(views, 'view')}"),
         ("its place", train.rows[longest].where),
         ("run directory", recipe.output.dir),

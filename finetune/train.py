@@ -15,7 +15,7 @@ from finetune.data.augment import Augmentation
 from finetune.data.collate import Collator
 from finetune.data.examination import BAD, OVERLONG, Examination
 from finetune.data.examples import Encoder
-from finetune.data.sampling import EpochSampler, was_worst_first
+from finetune.data.sampling import Batching, EpochBatches, EpochSampler, was_worst_first
 from finetune.data.sources import Rows, StreamSource
 from finetune.data.streaming import ExampleStream
 from finetune.environment import environment, peak_memory_gib
@@ -39,6 +39,7 @@ from finetune.model.methods import (
     pissa_start,
     save_trained,
 )
+from finetune.model.vision_cache import keeping_features
 from finetune.preparation import (
     PreparedRows,
     cache_of,
@@ -46,6 +47,7 @@ from finetune.preparation import (
     open_streams,
     prepare_held_out,
     prepare_rows,
+    row_sizes,
     write_lists,
 )
 from finetune.recipe import Recipe, dump_recipe, recipe_warnings
@@ -144,7 +146,8 @@ def train(
     recipe = prepared.recipe
     if dry_run:
         if prepared.train:
-            results.print(dry_run_table(recipe, prepared.train, prepared.num_held_out))
+            batches = epoch_batches(prepared)
+            results.print(dry_run_table(recipe, prepared.train, batches, prepared.num_held_out))
         else:
             results.print("dry run: nothing was written; streamed rows are checked as they come")
         return 0
@@ -250,7 +253,10 @@ def _train(
         streamed = read_stream_state(checkpoint, 0)[1] if prepared.streams else {}
         return replace(done, num_streamed=streamed)
     stop = StopOnSignal(console)
-    trainer = _run_trainer(prepared, model, done.run, checkpoint, stop, console)
+    cache = cache_of(prepared.recipe.output.dir)
+    with keeping_features(model, prepared.encoder, prepared.recipe, cache, console) as encoder:
+        prepared = replace(prepared, encoder=encoder)
+        trainer = _run_trainer(prepared, model, done.run, checkpoint, stop, console)
     state = trainer.state
     return replace(
         done,
@@ -322,11 +328,7 @@ def _run_trainer(
     if prepared.held_out:
         # those that are judged: the loss of all of a large set would be computed again and again
         both = rows + prepared.held_out.rows[: prepared.recipe.evaluation.max_rows]
-    sampler = EpochSampler.of_recipe(
-        prepared.train.spans() if prepared.train else [],
-        prepared.recipe.training,
-        prepared.train.counts if prepared.train and prepared.worst_first else None,
-    )
+    batches = epoch_batches(prepared)
     trainer = VisionSFTTrainer(
         model,
         training_arguments(prepared.recipe, run, num_eval_rows=prepared.num_held_out),
@@ -334,10 +336,10 @@ def _run_trainer(
             prepared.encoder,
             both,
             augmentation=Augmentation.of_recipe(prepared.recipe),
-            sampler=sampler,
+            sampler=batches.sampler,
             num_train_rows=len(rows),
         ),
-        sampler,
+        batches,
         num_train_rows=len(rows),
         stream=_stream(prepared) if prepared.streams else None,
         on_findings=FindingsLists(run).add,
@@ -352,14 +354,23 @@ def _run_trainer(
     except torch.cuda.OutOfMemoryError as error:
         raise ModelError(
             f"out of GPU memory at step {trainer.state.global_step + 1}; lower training.batch_size "
-            "(and raise gradient_accumulation as much), set gradient_checkpointing: true, or make "
-            "images smaller"
+            "or its budgets (and raise gradient_accumulation as much), set gradient_checkpointing: "
+            "true, or make images smaller"
         ) from error
     finally:
         trainer.settle()
         display.close()  # or the terminal is left without a cursor
         stop.release()
     return trainer
+
+
+def epoch_batches(prepared: Prepared) -> EpochBatches:
+    """The batches to train; none where rows are streamed."""
+    recipe, train = prepared.recipe, prepared.train
+    batching = Batching.of_recipe(recipe.training, worst_first=prepared.worst_first)
+    sampler = EpochSampler(train.spans() if train else [], recipe.training.seed)
+    sizes = row_sizes(recipe, prepared.encoder, train) if train else None
+    return EpochBatches(sampler, batching, sizes)
 
 
 def _stream(prepared: Prepared) -> ExampleStream:

@@ -1,23 +1,31 @@
 """TRL's `SFTTrainer` on our batches: only what changes, each with its reason."""
 
+import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer_utils import seed_worker
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from finetune.data.collate import Collator
 from finetune.data.examination import Finding
-from finetune.data.sampling import EpochSampler
+from finetune.data.packed_views import PackedViews
+from finetune.data.sampling import EpochBatches
+from finetune.data.sequences import Layout
 from finetune.data.streaming import ExampleStream, Position, StreamCollator
 from finetune.errors import RunDirError
 from finetune.model.adapters import require_grad_on_language_inputs_only
+from finetune.model.compiling import compiled_layers
+from finetune.model.loss import choose_loss_kernel, learn_from_labels, num_learnt
 from finetune.model.methods import load_checkpoint, mixes_dtypes
 from finetune.model.optimizer import (
     base_rate,
@@ -25,7 +33,8 @@ from finetune.model.optimizer import (
     parameter_groups,
     projected_modules,
 )
-from finetune.recipe import Recipe
+from finetune.model.vision_cache import WaitForFeatures
+from finetune.recipe import Recipe, TrainingSection
 from finetune.rundir import RunDir, read_json, write_json
 
 
@@ -39,7 +48,7 @@ class VisionSFTTrainer(SFTTrainer):
         model: Any,
         args: SFTConfig,
         collator: Collator,
-        sampler: EpochSampler,
+        batches: EpochBatches,
         *,
         num_train_rows: int,
         stream: ExampleStream | None = None,
@@ -60,7 +69,7 @@ class VisionSFTTrainer(SFTTrainer):
             numbers.select(range(num_train_rows, num_rows)) if num_rows > num_train_rows else None
         )
         self.num_samples_seen = 0
-        self.sampler = sampler
+        self.batches = batches
         self.stream = stream
         self.on_findings = on_findings
         self.num_streamed = {"taken": 0, "trained": 0, "left out": 0}
@@ -81,8 +90,12 @@ class VisionSFTTrainer(SFTTrainer):
             else numbers.select(range(num_train_rows)),
             eval_dataset=held_out,
             processing_class=collator.encoder.processor,
-            callbacks=list(callbacks),
+            callbacks=[*callbacks, WaitForFeatures(base)],
         )
+        self.loss_kernel = choose_loss_kernel(
+            base, recipe.training.loss_kernel if recipe else "auto"
+        )
+        learn_from_labels(base, self.loss_kernel)  # after TRL put its own fused head there
         for parameter in self.model.parameters():  # type: ignore[union-attr, operator]
             # TRL makes the adapters of a quantised base bfloat16, in which small steps are lost
             if parameter.requires_grad:
@@ -90,10 +103,6 @@ class VisionSFTTrainer(SFTTrainer):
         if stream:
             stream.rank, stream.num_ranks = self.args.process_index, self.args.world_size
         self.remove_callback(PrinterCallback)  # standard output is for results
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
-        """Ours: rows by their weights, in an order that depends on seed and epoch alone."""
-        return self.sampler
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The stock one; where the recipe has several rates, its weights are sorted again."""
@@ -116,10 +125,14 @@ class VisionSFTTrainer(SFTTrainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """TRL's, with a rate for every group of weights beside `learning_rate`, where there are
-        several.
+        several, and without the figures that the loss kernel does not give.
         """
         if "learning_rate" in logs:
             logs |= {f"learning_rate/{name}": rate for name, rate in self.rates.items()}
+        if self.loss_kernel == "liger":
+            for figures in self._metrics.values():
+                for name in ("entropy", "mean_token_accuracy"):
+                    figures.pop(name, None)
         super().log(logs, *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -129,16 +142,36 @@ class VisionSFTTrainer(SFTTrainer):
         load_checkpoint(model or self.model, Path(resume_from_checkpoint))
 
     def get_train_dataloader(self) -> DataLoader:
-        """Of a stream, one that accelerate leaves alone: each process has its own rows already."""
+        """Our batches, shared out over processes by accelerate; of a stream, a loader that it
+        leaves alone: each process has its own rows already.
+        """
         if not self.stream:
-            return super().get_train_dataloader()
+            return self._loader_of_batches()
         return DataLoader(
             self.stream,
             batch_size=self.args.per_device_train_batch_size,
             collate_fn=StreamCollator(self.stream.encoder),
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
         )
+
+    def _loader_of_batches(self) -> DataLoader:
+        args, dataset = self.args, self.train_dataset
+        loader = DataLoader(
+            dataset,  # type: ignore[arg-type]  # has all that is asked of one
+            batch_sampler=self.batches,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            worker_init_fn=partial(
+                seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
+            ),
+        )
+        loader = self.accelerator.prepare(loader)
+        tell_epoch_to_resumed(loader, self.batches)
+        return loader
 
     def go_on_with_stream(self, checkpoint: Path) -> None:
         """Let every loading process start where it was at the checkpoint; nothing without a stream.
@@ -181,24 +214,64 @@ class VisionSFTTrainer(SFTTrainer):
             write_stream_state(folder, self.stream, self.args.process_index, self.num_streamed)
         super()._save_checkpoint(*args, **kwargs)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's; under `training.compile` with compiled layers, for as long as it lasts."""
+        if not (self.recipe and self.recipe.training.compile):
+            return super().train(*args, **kwargs)
+        model: Any = self.model
+        base = model.get_base_model() if hasattr(model, "peft_config") else model
+        with compiled_layers(base, self.data_collator.encoder.family):  # type: ignore[union-attr]
+            return super().train(*args, **kwargs)
+
     def settle(self) -> None:
         """Bring the weights to where they are meant: schedule-free optimizers train beside it."""
         if self.optimizer and callable(bring := getattr(self.optimizer, "eval", None)):
             bring()
 
+    def _get_num_items_in_batch(
+        self, batch_samples: list[Any], device: torch.device
+    ) -> torch.Tensor | None:
+        """Learnt tokens of a step's batches on all ranks, by weight; the stock one counts labels.
+
+        A float on every rank, whether or not its batches have weights, since ranks add them up.
+        """
+        if not batch_samples:
+            return None
+        count = torch.stack([num_learnt(batch) for batch in batch_samples]).sum().to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            count = self.accelerator.gather(count).sum()  # type: ignore[union-attr]
+        return count
+
+    def _prepare_input(self, data: Any) -> Any:
+        """The stock one, which leaves all but tensors where it is, and our own parts of a batch."""
+        if isinstance(data, (Layout, PackedViews)):
+            return data.to(self.args.device)
+        return super()._prepare_input(data)
+
     def training_step(
         self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         """TRL's, and the samples are counted."""
+        layout = inputs.get("layout")
+        num_rows = layout.num_rows if layout else len(inputs["input_ids"])
         if told := inputs.pop("stream", None):
-            self._take_note(told, len(inputs["input_ids"]))
-        self.num_samples_seen += len(inputs["input_ids"]) * self.args.world_size
+            self._take_note(told, num_rows)
+        self.num_samples_seen += num_rows * self.args.world_size
         return super().training_step(model, inputs, *args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: TRL would write an empty card beside every checkpoint; `push` makes one that
         says something.
         """
+
+
+def tell_epoch_to_resumed(loader: DataLoader, batches: EpochBatches) -> None:
+    """Let a loader that was shared out over processes know its epoch also once its first batches
+    are skipped: accelerate wraps it once more then, and looks for the one that is to be told under
+    the name `sampler` alone (data_loader.py, DataLoaderShard.set_epoch).
+    """
+    if isinstance(loader.batch_sampler, BatchSamplerShard):
+        loader.batch_sampler.sampler = batches.sampler
 
 
 def write_stream_state(
@@ -216,6 +289,18 @@ def read_stream_state(checkpoint: Path, rank: int) -> tuple[dict[int, Position],
     return positions, state["rows"]
 
 
+def prefetch_factor(training: TrainingSection) -> int | None:
+    """Batches that each loading process keeps ready; None without such processes.
+
+    Together they hold all batches of a step, since the trainer takes these before it computes the
+    first: of torch's own two a process, the others would be waited for in every step, however fast
+    they are loaded.
+    """
+    if not training.num_workers:
+        return None
+    return max(2, math.ceil(training.gradient_accumulation / training.num_workers))
+
+
 def training_arguments(recipe: Recipe, run: RunDir, *, num_eval_rows: int) -> SFTConfig:
     """The recipe's settings under the names of transformers and TRL."""
     training, on_gpu = recipe.training, torch.cuda.is_available()
@@ -229,7 +314,7 @@ def training_arguments(recipe: Recipe, run: RunDir, *, num_eval_rows: int) -> SF
         fp16=half == "float16",
         num_train_epochs=training.epochs or 1,
         max_steps=training.max_steps or -1,
-        per_device_train_batch_size=training.batch_size,
+        per_device_train_batch_size=training.batch_size or 1,  # with budgets it is not asked for
         per_device_eval_batch_size=recipe.evaluation.batch_size,
         gradient_accumulation_steps=training.gradient_accumulation,
         learning_rate=base_rate(recipe),
@@ -253,6 +338,9 @@ def training_arguments(recipe: Recipe, run: RunDir, *, num_eval_rows: int) -> SF
         eval_steps=recipe.evaluation.every_steps,
         prediction_loss_only=True,  # or TRL keeps the logits of all held-out rows
         dataloader_num_workers=training.num_workers,
+        dataloader_prefetch_factor=prefetch_factor(training),
+        # never persistent: a loading process knows the epoch, which draws what augmentation
+        # changes, from its start alone. Batches are pinned where there is a GPU, by default.
         remove_unused_columns=False,
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,  # nothing is ever cut; rows over data.max_tokens were dealt with before

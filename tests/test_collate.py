@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from data_formats.chat import parse_chat
 from finetune.data.collate import IGNORED_LABEL, Collator, collate
 from finetune.data.examples import Encoder, Example
-from finetune.data.images import ImageAccess, load_image
+from finetune.data.images import ImageAccess, decode_image, load_image
 from finetune.data.sources import Row
 from finetune.errors import DataError
 from finetune.families import FAMILIES
@@ -128,6 +128,20 @@ def test_an_image_that_broke_after_the_check_names_its_row(
     (tmp_path / "4.png").write_bytes(b"gone")
     with pytest.raises(DataError, match=r"^rows\.jsonl:4: image '4\.png' is text, not an image"):
         collator([{"row": 0}, {"row": 3}])
+
+
+def test_a_picture_of_several_rows_is_decoded_once(
+    encoder: Encoder, rows: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded = []
+
+    def noting(name: str, *args: Any, **kwargs: Any) -> Any:
+        decoded.append(name)
+        return decode_image(name, *args, **kwargs)
+
+    monkeypatch.setattr("finetune.data.pictures.decode_image", noting)
+    Collator(encoder, [rows[0], rows[3], rows[0]])([{"row": 0}, {"row": 1}, {"row": 2}])
+    assert len(decoded) == 2
 
 
 def test_a_loading_process_leaves_ctrl_c_to_the_main_one(encoder: Encoder, rows: list[Row]) -> None:

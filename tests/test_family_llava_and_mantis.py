@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
@@ -164,6 +164,52 @@ def test_a_batch_gives_the_logits_of_its_rows_alone(opened: Opened, padding_side
             images = opened.family.stack([row], opened.processor, ids)
             alone = model(input_ids=ids, **images).logits[0]
             torch.testing.assert_close(batch[i][mask_BT[i] == 1], alone, atol=1e-4, rtol=1e-4)
+
+
+def model_of_layer(opened: Opened, layer: int | list[int], strategy: str) -> Any:
+    config = AutoConfig.from_pretrained(opened.folder)
+    config.vision_feature_layer, config.vision_feature_select_strategy = layer, strategy
+    config.vision_config.num_hidden_layers = 4
+    torch.manual_seed(0)
+    return AutoModelForImageTextToText.from_config(config).eval()
+
+
+LAYERS = [-1, -2, -5, 1, 4, [-2, -1], [3, 0, 3]]
+
+
+@pytest.mark.parametrize("strategy", ["default", "full"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_features_are_the_librarys_of_any_layers(
+    opened: Opened, layer: int | list[int], strategy: str
+) -> None:
+    model = model_of_layer(opened, layer, strategy)
+    encoder = opened.family.view_encoder
+    assert encoder
+    pixels = torch.randn(2, 3, opened.config.vision_config.image_size, 42)
+    with torch.inference_mode():
+        stock = torch.stack(list(model.get_image_features(pixels).pooler_output))
+        ours = encoder.connect(model.model, encoder.tower(model.model, pixels))
+    torch.testing.assert_close(ours, stock, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("layer", "deepest"), [(-2, 3), (-1, 4), (0, 0), ([1, -3], 2)])
+def test_no_layer_runs_behind_the_one_that_is_read(
+    opened: Opened, layer: int | list[int], deepest: int
+) -> None:
+    model = model_of_layer(opened, layer, "full")
+    encoder, vision = opened.family.view_encoder, model.model.vision_tower
+    assert encoder
+    ran = []
+    for name, module in vision.named_modules():
+        module.register_forward_hook(lambda *_, name=name: ran.append(name))
+    encoder.tower(model.model, torch.randn(1, 3, opened.config.vision_config.image_size, 42))
+    layers = [
+        int(name.rsplit(".", 1)[1])
+        for name in ran
+        if name.startswith("encoder.layers.") and name.count(".") == 2
+    ]
+    assert layers == list(range(deepest))
+    assert not [name for name in ran if name.startswith(("head", "post_layernorm"))]
 
 
 def test_another_picture_gives_other_logits(opened: Opened) -> None:

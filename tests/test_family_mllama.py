@@ -21,6 +21,7 @@ from transformers.models.mllama.processing_mllama import (
 )
 
 from data_formats.chat import Conversation, Image, Message, Text
+from finetune.data.collate import collate
 from finetune.data.examples import Example
 from finetune.families.mllama import (
     BASE_TEMPLATE,
@@ -29,6 +30,7 @@ from finetune.families.mllama import (
     mend_template,
     spans_that_see,
 )
+from finetune.model.vision import take_packed_views
 from tests import family_rows
 from tests.family_rows import Inputs, asked, learnt_ids, logits_of, noise
 from tests.models import mllama
@@ -128,6 +130,80 @@ def test_tiles_are_the_stock_processors_at_full_size(size: tuple[int, int]) -> N
     ours = MLLAMA.stack([row], processor, torch.tensor([row.input_ids]))
     torch.testing.assert_close(ours["pixel_values"], stock["pixel_values"], atol=1e-6, rtol=0)
     assert ours["aspect_ratio_ids"].equal(stock["aspect_ratio_ids"])
+
+
+@pytest.mark.parametrize("num_tiles", [1, 2, 3])
+def test_tiles_of_an_image_attend_to_the_places_that_it_leaves_empty(
+    stock_model: Any, num_tiles: int
+) -> None:
+    """So the tower must compute these, too."""
+    size = stock_model.config.vision_config.image_size
+    pixels = torch.zeros((1, 1, 4, 3, size, size))
+    pixels[:, :, :num_tiles] = torch.randn(pixels[:, :, :num_tiles].shape)
+    other = pixels.clone()
+    other[:, :, num_tiles:] = torch.randn(other[:, :, num_tiles:].shape)
+    seen = [
+        stock_model.model.vision_model(
+            pixel_values=each,
+            aspect_ratio_ids=torch.tensor([[num_tiles]]),  # one row of tiles
+            aspect_ratio_mask=(torch.arange(4) < num_tiles).long()[None, None],
+        ).last_hidden_state[:, :, :num_tiles]
+        for each in (pixels, other)
+    ]
+    assert (seen[0] - seen[1]).abs().max() > 1e-3
+
+
+def test_packed_tiles_are_those_of_the_images_alone(processor: Any) -> None:
+    """Of 2, 1 and 3 tiles, where the library has 4 places an image."""
+    ids = [processor.image_token_id, 7]
+    pictures = [noise(56, 28), noise(28, 28, 1), noise(28, 84, 2)]
+    grids = [(1, 2), (1, 1), (3, 1)]
+    rows = [
+        shown(processor, pictures[:2], [5, *ids, *ids]),
+        shown(processor, [], [5, 7, 7, 7, 7]),
+        shown(processor, [pictures[2], pictures[0]], [5, *ids, *ids]),
+    ]
+    packed = MLLAMA.pack(rows, processor, torch.tensor([row.input_ids for row in rows]))
+    assert packed.keys() == {"pixel_values", "cross_attention_mask"}
+    views = packed["pixel_values"]
+    assert [tuple(group.shape[:3]) for group in views.groups] == [(1, *grid) for grid in grids]
+    # five tiles of two images are the most of a row
+    assert views.order_N.view(3, 5).tolist()[0][:3] == [0, 1, 2]
+    assert views.order_N.view(3, 5).tolist()[2] == [3, 4, 5, 0, 1]
+    seen_BTM = packed["cross_attention_mask"][:, :, 0]
+    assert seen_BTM[0].tolist() == [[0] * 5, *[[1, 1, 0, 0, 0]] * 2, *[[0, 0, 1, 0, 0]] * 2]
+    assert not seen_BTM[1].any()
+    assert seen_BTM[2].tolist() == [[0] * 5, *[[1, 1, 1, 0, 0]] * 2, *[[0, 0, 0, 1, 1]] * 2]
+    assert MLLAMA.pack(rows[1:2], processor, torch.tensor([rows[1].input_ids])) == {}
+
+
+def test_only_tiles_of_images_are_projected_and_crossed(
+    folder: Path, processor: Any, model: Any
+) -> None:
+    packed_model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    MLLAMA.adjust_model(packed_model)
+    take_packed_views(packed_model, MLLAMA)
+    rows = [
+        encode(processor, FOLLOWED_UP, [noise(56, 28), noise(28, 28, 1), noise(56, 28)]),
+        encode(processor, CONVERSATIONS["image first"][0], [noise(28, 84, 2)]),
+    ]
+    inner: Any = packed_model.model
+    projected, crossed = [], []
+    inner.multi_modal_projector.register_forward_pre_hook(
+        lambda _, args: projected.append(args[0][..., 0].numel())
+    )
+    inner.language_model.layers[1].cross_attn.k_proj.register_forward_pre_hook(
+        lambda _, args: crossed.append(args[0][..., 0].numel())
+    )
+    batch = collate(rows, processor, MLLAMA, packed_vision=True)
+    del batch["labels"]
+    ours = logits_of(packed_model, batch)
+    num_patches = inner.vision_model.num_patches
+    assert sum(projected) == (2 + 1 + 3) * num_patches  # the first picture comes twice
+    assert crossed == [2 * (2 + 1 + 2) * num_patches]  # two rows of up to five tiles
+    expected = logits_of(model, batch_of(processor, rows))
+    held = batch["attention_mask"].bool()
+    torch.testing.assert_close(ours[held], expected[held], atol=2e-5, rtol=0)
 
 
 def test_grids_have_the_numbers_of_the_models_configuration() -> None:

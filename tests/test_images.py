@@ -30,8 +30,8 @@ from finetune.data.images import (
     load_image,
     page_of,
     read_image_file,
-    to_rgb,
 )
+from finetune.data.pillow import to_rgb
 from finetune.data.views import cut_views
 from finetune.errors import DataError
 from finetune.families.idefics2 import plan_image, resize_to_fit

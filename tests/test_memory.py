@@ -16,7 +16,16 @@ from finetune.model.memory import (
     weight_bytes,
 )
 from finetune.model.tracing import LiveBytes
-from scripts.bench_memory import Case, batch_of, build, cases, compare, config_of, num_bytes
+from scripts.bench_memory import (
+    _TEXT,
+    Case,
+    batch_of,
+    build,
+    cases,
+    compare,
+    config_of,
+    num_bytes,
+)
 
 # What is claimed; docs/memory.md has how far off each case was, which is far less
 CLAIMED = 0.2
@@ -117,6 +126,42 @@ def test_adamw_on_a_gpu_takes_all_square_roots_at_once() -> None:
     assert optimizer_workspace(parameters, "adamw_torch", "cuda") == 600
     assert optimizer_workspace(parameters, "adamw_torch", "cpu") == 800
     assert optimizer_workspace(parameters, "adamw_torch_fused", "cuda") == 0
+
+
+@pytest.fixture(params=[None, 64], ids=["one chunk", "chunks of 64 tokens"])
+def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int | None:
+    """Tokens of the loss's chunks; None for all in one."""
+    if request.param:
+        monkeypatch.setattr("finetune.model.loss.rows_of_chunk", lambda num_entries: request.param)
+    return request.param
+
+
+def test_the_peak_is_predicted_where_the_loss_is_heaviest(
+    chunks: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(_TEXT, "vocab_size", 64_000)
+    monkeypatch.setitem(_TEXT, "num_hidden_layers", 2)
+    compared = compare(Case("idefics2", 0, 2, checkpointing=True, num_tokens=400))
+    assert abs(compared.error_above_rest) < CLAIMED
+    num_learnt, in_float32 = 2 * 200 - 50, 4 * 64_000
+    above = compared.measured - compared.resting
+    if chunks:
+        assert above < num_learnt * in_float32
+    else:
+        assert above > 2 * num_learnt * in_float32
+
+
+def test_chunks_are_computed_again_as_they_were_under_autocast(chunks: int | None) -> None:
+    """Float32 weights, whose products are in bfloat16 on a GPU: the second time, too."""
+    case = Case("idefics2", 0, 2, checkpointing=True, num_tokens=400)
+    step_memory(
+        build(case, "meta"),
+        batch_of(case, config_of(case.family)),
+        term_of=lambda name: "language" if name else None,
+        optimizer="sgd",
+        device="cuda",
+        half=torch.bfloat16,
+    )
 
 
 def test_what_is_let_go_of_no_longer_counts() -> None:

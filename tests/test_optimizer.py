@@ -11,13 +11,12 @@ from transformers import TrainerCallback
 from transformers.training_args import OptimizerNames
 
 from finetune.data.collate import Collator, collate
-from finetune.data.sampling import EpochSampler
 from finetune.model.adapters import part_of_weight
 from finetune.model.methods import load_trainable
 from finetune.model.optimizer import package_of, parameter_groups, projected_modules
 from finetune.recipe import load_recipe
 from finetune.rundir import RunDir, read_jsonl
-from finetune.train import prepare, train
+from finetune.train import epoch_batches, prepare, train
 from finetune.trainer import VisionSFTTrainer, training_arguments
 
 # One step of plain gradient descent at the full rate, so that the change of a weight is its
@@ -53,7 +52,7 @@ def trainer(dataset: Callable[..., Path], tmp_path: Path) -> Callable[..., Visio
             model,
             training_arguments(recipe, RunDir(tmp_path / "run"), num_eval_rows=0),
             Collator(prepared.encoder, prepared.train.rows),
-            EpochSampler(prepared.train.spans(), recipe.training.seed),
+            epoch_batches(prepared),
             num_train_rows=len(prepared.train.rows),
             recipe=recipe,
             callbacks=[callback] if callback else [],

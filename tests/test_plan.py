@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from finetune.data.gathering import Limits
 from finetune.errors import RecipeError
 from finetune.fitting import Saving, combined, with_settings
 from finetune.model.adapters import add_adapter, count_parameters
@@ -123,17 +124,13 @@ def test_the_peak_is_that_of_a_run(nano_recipe: Path, tmp_path: Path) -> None:
     assert count_parameters(model)[0] == planned.parameters.trainable
     encoder = load_encoder(recipe, messages_console())
     train, _ = prepare_rows(recipe, encoder, tmp_path, messages_console())
-    heaviest = planner.rows.heaviest(4)[0]
-
-    class Heaviest(list[int]):
-        def set_epoch(self, epoch: int) -> None:
-            pass
+    heaviest = planner.rows.heaviest(Limits(4))[0]
 
     trainer = VisionSFTTrainer(
         model,
         training_arguments(recipe, RunDir(tmp_path / "run"), num_eval_rows=0),
         Collator(encoder, train.rows),
-        Heaviest(heaviest * 2),  # type: ignore[arg-type]  # what it asks of a sampler
+        [heaviest, heaviest],  # type: ignore[arg-type]  # what a loader asks of batches
         num_train_rows=len(train.rows),
     )
     resting = sum(each.numel() * each.element_size() for each in model.parameters())
@@ -149,9 +146,9 @@ def test_the_heaviest_batch_is_of_the_longest_rows_or_of_the_largest_views() -> 
     counts["num_tokens"] = [10, 50, 40, 20, 30]
     counts["num_view_pixels"] = [900, 0, 0, 800, 100]
     rows = RowCosts([], counts, 5)
-    assert rows.heaviest(1) == [[1], [0]]
-    assert rows.heaviest(2) == [[1, 0], [1, 2], [0, 3]]
-    assert rows.heaviest(7)[0] == [1, 0, 2, 3, 4, 1, 0]
+    assert rows.heaviest(Limits(1)) == [[1], [0]]
+    assert rows.heaviest(Limits(2)) == [[1, 0], [1, 2], [0, 3]]
+    assert rows.heaviest(Limits(7))[0] == [1, 0, 2, 3, 4, 1, 0]
     assert rows.typical(1) == [4]  # of 30 tokens, which is the mean, and 100 of 360 pixels
     # by distance of tokens and pixels, in shares of their means: 4, 2, 3, 1, 0, and from the start
     assert rows.typical(7) == [4, 2, 3, 1, 0, 4, 2]

@@ -440,6 +440,16 @@ def test_max_steps_on_the_command_line_replaces_epochs_of_the_file(folder: Path)
             "training.optimizer",
             "cheaper, which adapter.method: lora does not do",
         ),
+        (
+            ["training.loss_kernel=liger", "adapter.extra_tokens=[x]"],
+            "training.loss_kernel",
+            "trains beside it for adapter.extra_tokens",
+        ),
+        (
+            ["training.loss_kernel=liger", "adapter.modules_to_save=[lm_head]"],
+            "training.loss_kernel",
+            "trains beside it for adapter.modules_to_save",
+        ),
         (["training.optimizer=lomo"], "training.optimizer", "cannot gather gradients"),
         (
             [

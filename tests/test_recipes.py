@@ -213,6 +213,7 @@ def test_no_two_recipes_write_into_the_same_run() -> None:
 def test_eight_cards_take_as_many_rows_a_step_as_one() -> None:
     def rows_a_step(name: str, num_devices: int) -> int:
         training = shipped(name).training
+        assert training.batch_size
         return training.batch_size * training.gradient_accumulation * num_devices
 
     assert rows_a_step("idefics2-8b/lora-8x80gb", 8) == rows_a_step("idefics2-8b/lora-1x80gb", 1)

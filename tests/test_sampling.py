@@ -2,15 +2,16 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from accelerate import skip_first_batches
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader
 
-from finetune.data.sampling import (
-    EpochSampler,
-    heaviest_batches,
-    heaviest_batches_first,
-    hold_out,
-)
+from finetune.data.gathering import Limits, RowSizes
+from finetune.data.heaviest import heaviest_batches, heaviest_batches_first
+from finetune.data.sampling import Batching, EpochBatches, EpochSampler, hold_out
 from finetune.errors import DataError
 from finetune.recipe import TrainingSection
+from finetune.trainer import tell_epoch_to_resumed
 
 
 def epochs(sampler: EpochSampler, count: int) -> list[list[int]]:
@@ -61,21 +62,135 @@ def test_a_tiny_weight_still_draws_a_row() -> None:
     assert len(EpochSampler([(0, 1.0), (3, 1.0)], 0)) == 3
 
 
-def costs_of(tokens: list[int], pixels: list[int]) -> np.ndarray:
-    counts = np.zeros(len(tokens), [("num_tokens", "u4"), ("num_view_pixels", "u8")])
-    counts["num_tokens"], counts["num_view_pixels"] = tokens, pixels
-    return counts
+@pytest.mark.parametrize("num_epochs", [1, 4])
+def test_by_number_alone_batches_are_the_rows_as_they_come(num_epochs: int) -> None:
+    """As a loader would cut them; also of rows whose costs are known."""
+    sampler = EpochSampler([(20, 1.5), (5, 1.0)], 7)
+    for sizes in (None, RowSizes(np.arange(25), np.arange(25))):
+        batches = EpochBatches(sampler, Batching(Limits(4)), sizes)
+        for epoch, drawn in enumerate(epochs(sampler, num_epochs)):
+            batches.set_epoch(epoch)
+            assert list(batches) == [drawn[i : i + 4] for i in range(0, 35, 4)]
+            assert len(batches) == 9
 
 
-def worst_first(spans: list[tuple[int, float]], num_batches: int) -> EpochSampler:
+MIXED = RowSizes(
+    np.random.default_rng(0).integers(20, 500, 300),
+    np.random.default_rng(1).integers(0, 3000, 300),
+    np.random.default_rng(2).integers(0, 90, 300),
+    np.full(300, 10),
+    np.zeros(300, np.int64),
+)
+BATCHINGS = {
+    "gathered": Batching(Limits(4), epochs=3),
+    "grouped": Batching(Limits(4), by_cost=True, accumulation=2, epochs=3),
+    "tokens": Batching(Limits(tokens=1500), epochs=3),
+    "patches": Batching(Limits(patches=5000), by_cost=True, accumulation=3, epochs=3),
+    "both": Batching(Limits(tokens=1500, patches=5000), by_cost=True, epochs=2.5),
+    "packed": Batching(Limits(tokens=1500, packs=True), by_cost=True, epochs=3),
+    "processes": Batching(Limits(tokens=900), by_cost=True, num_processes=4, epochs=3),
+    "worst first": Batching(Limits(tokens=1500), num_heaviest_batches=5, epochs=3),
+}
+SPANS = [(200, 1.0), (60, 0.5), (40, 2.5)]
+
+
+@pytest.mark.parametrize("name", BATCHINGS)
+def test_every_epoch_has_its_rows_in_as_many_batches(name: str) -> None:
+    batching = BATCHINGS[name]
+    sampler = EpochSampler(SPANS, 5)
+    batches = EpochBatches(sampler, batching, MIXED)
+    made = [batches.of_epoch(epoch) for epoch in range(3)]
+    for epoch, drawn in zip(made, epochs(sampler, 3), strict=True):
+        assert len(epoch) == len(batches)
+        assert len(epoch) % batching.num_processes == 0
+        assert all(epoch)
+        assert sorted(row for batch in epoch for row in batch) == sorted(drawn)
+    assert made[0] != made[1]
+
+
+@pytest.mark.parametrize("name", BATCHINGS)
+def test_batches_depend_on_seed_and_epoch_alone(name: str) -> None:
+    """A resumed run finds its place whichever epochs were asked for before."""
+    one = EpochBatches(EpochSampler(SPANS, 5), BATCHINGS[name], MIXED)
+    first = [one.of_epoch(epoch) for epoch in range(3)]
+    other = EpochBatches(EpochSampler(SPANS, 5), BATCHINGS[name], MIXED)
+    other.set_epoch(2)
+    assert list(other) == first[2]
+    assert other.of_epoch(0) == first[0]
+    changed = EpochBatches(EpochSampler(SPANS, 6), BATCHINGS[name], MIXED)
+    assert changed.of_epoch(0) != first[0]
+
+
+def test_epochs_that_the_run_will_reach_have_as_many_batches_too() -> None:
+    """Of three rows the first comes always, the others in turn: with one of them it fits into a
+    batch, with the other it does not, and which comes first is up to the seed.
+    """
+    sizes = RowSizes(np.array([5, 5, 9]), np.zeros(3, np.int64))
+
+    def lengths(epochs: float | None, max_steps: int | None) -> set[int]:
+        batching = Batching(Limits(tokens=10), epochs=epochs, max_steps=max_steps)
+        samplers = (EpochSampler([(1, 1.0), (2, 0.5)], seed) for seed in range(9))
+        return {len(EpochBatches(sampler, batching, sizes)) for sampler in samplers}
+
+    assert lengths(1, None) == lengths(None, 1) == {1, 2}
+    assert lengths(2, None) == lengths(1.5, None) == lengths(None, 3) == {2}
+
+
+def epochs_of(batches: EpochBatches, count: int) -> list[list[list[int]]]:
+    return [batches.of_epoch(epoch) for epoch in range(count)]
+
+
+@pytest.mark.parametrize(("epochs", "accumulation", "num_processes"), [(2, 3, 1), (1.5, 4, 3)])
+def test_steps_are_counted_as_the_trainer_counts_them(
+    epochs: float, accumulation: int, num_processes: int
+) -> None:
+    batching = Batching(
+        Limits(tokens=1500), accumulation, epochs=epochs, num_processes=num_processes
+    )
+    batches = EpochBatches(EpochSampler(SPANS, 0), batching, MIXED)
+    passes = -(-len(batches) // num_processes)
+    per_epoch = passes // accumulation + int(passes % accumulation > 0)
+    assert batches.num_steps() == -(-epochs * per_epoch // 1)
+
+
+@pytest.mark.parametrize("num_processes", [1, 3])
+@pytest.mark.parametrize("skipped", [0, 5])
+def test_accelerate_gives_each_process_its_batches_of_the_right_epoch(
+    num_processes: int, skipped: int
+) -> None:
+    """Neighbouring batches to neighbouring processes; also from the middle of an epoch on."""
+    batching = Batching(Limits(tokens=1500), by_cost=True, num_processes=num_processes)
+    expected = EpochBatches(EpochSampler(SPANS, 0), batching, MIXED).of_epoch(3)
+    for rank in range(num_processes):
+        batches = EpochBatches(EpochSampler(SPANS, 0), batching, MIXED)
+        loader = prepare_data_loader(
+            DataLoader(list(range(300)), batch_sampler=batches, collate_fn=list),  # type: ignore[arg-type]
+            num_processes=num_processes,
+            process_index=rank,
+        )
+        tell_epoch_to_resumed(loader, batches)
+        loader = skip_first_batches(loader, skipped) if skipped else loader
+        loader.set_epoch(3)  # type: ignore[attr-defined]  # accelerate's own
+        assert list(loader) == expected[rank::num_processes][skipped:]
+
+
+def costs_of(tokens: list[int], pixels: list[int]) -> RowSizes:
+    return RowSizes(np.array(tokens), np.array(pixels))
+
+
+def worst_first(spans: list[tuple[int, float]], num_batches: int) -> EpochBatches:
     """In batches of 2; the higher its number, the heavier a row, two by two equal."""
     ranks = [row // 2 for row in range(sum(count for count, _ in spans))]
-    costs = costs_of(ranks, ranks)
-    return EpochSampler(spans, 4, costs=costs, batch_size=2, num_heaviest_batches=num_batches)
+    batching = Batching(Limits(2), num_heaviest_batches=num_batches)
+    return EpochBatches(EpochSampler(spans, 4), batching, costs_of(ranks, ranks))
+
+
+def flat(batches: EpochBatches, count: int) -> list[list[int]]:
+    return [[row for batch in epoch for row in batch] for epoch in epochs_of(batches, count)]
 
 
 def test_the_first_epoch_begins_with_the_heaviest_rows_and_the_others_keep_their_order() -> None:
-    plain, heavy = (epochs(s, 3) for s in (EpochSampler([(40, 1.0)], 4), worst_first([(40, 1)], 3)))
+    plain, heavy = epochs(EpochSampler([(40, 1.0)], 4), 3), flat(worst_first([(40, 1)], 3), 3)
     assert [row // 2 for row in heavy[0][:6]] == [19, 19, 18, 18, 17, 17]
     assert heavy[0][6:] == [row for row in plain[0] if row < 34]
     assert heavy[1:] == plain[1:]
@@ -84,7 +199,7 @@ def test_the_first_epoch_begins_with_the_heaviest_rows_and_the_others_keep_their
 def test_every_row_is_drawn_as_often_with_the_heaviest_in_front() -> None:
     """Of rows of weight 0.5, only those whose turn it is come first."""
     spans = [(10, 2.0), (9, 1.3), (20, 0.5)]
-    plain, heavy = epochs(EpochSampler(spans, 4), 4), epochs(worst_first(spans, 4), 4)
+    plain, heavy = epochs(EpochSampler(spans, 4), 4), flat(worst_first(spans, 4), 4)
     assert plain[0] != heavy[0]
     assert [Counter(drawn) for drawn in plain] == [Counter(drawn) for drawn in heavy]
     top = sorted((row // 2 for row in plain[0]), reverse=True)[:8]
@@ -92,7 +207,7 @@ def test_every_row_is_drawn_as_often_with_the_heaviest_in_front() -> None:
 
 
 def test_fewer_rows_than_come_first_are_all_in_order() -> None:
-    (drawn,) = epochs(worst_first([(4, 1.0)], 10), 1)
+    (drawn,) = flat(worst_first([(4, 1.0)], 10), 1)
     assert [row // 2 for row in drawn] == [1, 1, 0, 0]
 
 
@@ -104,36 +219,69 @@ def test_a_long_row_of_few_pixels_is_among_the_first_batches(
     """Of all rows it has the fewest pixels, and a hundred times the tokens."""
     costs = costs_of([40] * 20 + [3787], [12_100] * 20 + [11_000])
     training = TrainingSection(batch_size=batch_size, gradient_accumulation=gradient_accumulation)
-    (drawn,) = epochs(EpochSampler.of_recipe([(21, 1.0)], training, costs), 1)
+    batching = Batching.of_recipe(training, worst_first=True)
+    batches = EpochBatches(EpochSampler([(21, 1.0)], training.seed), batching, costs)
+    (drawn,) = flat(batches, 1)
     assert 20 in drawn[:batch_size]
     assert sorted(drawn) == list(range(21))
 
 
 def test_the_heaviest_batches_are_the_mixed_the_longest_and_the_largest() -> None:
     costs = costs_of([10, 50, 40, 20, 30], [900, 0, 0, 800, 100])
-    assert heaviest_batches(costs, 1) == [[1], [1], [0]]
-    assert heaviest_batches(costs, 2) == [[1, 0], [1, 2], [0, 3]]
-    assert heaviest_batches(costs, 9)[1:] == [[1, 2, 4, 3, 0], [0, 3, 4, 1, 2]]
-    assert sorted(heaviest_batches(costs, 9)[0]) == [0, 1, 2, 3, 4]
+    assert heaviest_batches(costs, Limits(1)) == [[1], [1], [0]]
+    assert heaviest_batches(costs, Limits(2)) == [[1, 0], [1, 2], [0, 3]]
+    assert heaviest_batches(costs, Limits(9))[1:] == [[1, 2, 4, 3, 0], [0, 3, 4, 1, 2]]
+    assert sorted(heaviest_batches(costs, Limits(9))[0]) == [0, 1, 2, 3, 4]
 
 
 def test_of_rows_with_as_many_pixels_the_longer_is_heavier() -> None:
     costs = costs_of([10, 30, 20, 30], [700, 700, 700, 600])
-    assert heaviest_batches(costs, 3) == [[1, 3, 2], [1, 3, 2], [1, 2, 0]]
+    assert heaviest_batches(costs, Limits(3)) == [[1, 3, 2], [1, 3, 2], [1, 2, 0]]
 
 
 def test_all_rows_of_the_heaviest_batches_come_before_any_other_row() -> None:
     rng = np.random.default_rng(0)
     costs = costs_of(*rng.integers(0, 1000, (2, 200)).tolist())
-    batches = heaviest_batches(costs, 8)
-    first = heaviest_batches_first(costs, 8, 3)
+    batches = heaviest_batches(costs, Limits(8))
+    three = heaviest_batches_first(costs, Limits(8), 3)
+    first = [row for batch in three for row in batch]
     assert len(set(first)) == 24
-    assert first[:8] == batches[0]
+    assert three[0] == batches[0]
     assert {row for batch in batches for row in batch} <= set(first)
     # what is taken goes on from there, as if the rows before had never been
     left = np.delete(np.arange(200), first)
-    again = heaviest_batches_first(costs[left], 8, 3)
-    assert heaviest_batches_first(costs, 8, 6)[24:] == left[again].tolist()
+    again = heaviest_batches_first(costs.of_rows(left), Limits(8), 3)
+    six = heaviest_batches_first(costs, Limits(8), 6)
+    assert six[3:] == [left[batch].tolist() for batch in again]
+
+
+def test_the_heaviest_batch_shows_as_many_pictures_as_it_has_rows() -> None:
+    """Four questions about the largest page would be one sequence, and one picture."""
+    pictures = np.array([0, 0, 0, 0, 1, 2, 3, 4])
+    tokens = np.array([90, 91, 92, 93, 50, 60, 70, 10])
+    shared = np.where(pictures == 0, 80, 0)
+    costs = RowSizes(tokens, tokens * 10, pictures, shared, shared * 10)
+    for batch in heaviest_batches(costs, Limits(4)):
+        assert batch == [3, 6, 5, 4]
+    # others of a picture come where there is none left
+    assert heaviest_batches(costs, Limits(7))[1] == [3, 6, 5, 4, 7, 2, 1]
+
+
+def test_within_budgets_the_heaviest_batches_are_the_fullest() -> None:
+    """Of the longest row only one fits, and 60 of 100 tokens are less than 10 times 10."""
+    costs = costs_of([60, 45, *[10] * 20], [0, 0, *[3] * 20])
+    mixed, longest, largest = heaviest_batches(costs, Limits(tokens=100))
+    assert len(longest) == 10
+    assert set(longest) <= set(range(2, 22))
+    assert sum(costs.patches[mixed]) == sum(costs.patches[largest]) == 30
+    # a row over the budget is heavier than all that keep it
+    costs = costs_of([160, 45, *[10] * 20], [0, 0, *[3] * 20])
+    assert heaviest_batches(costs, Limits(tokens=100))[1] == [0]
+    # and the first epoch begins with batches of each kind, no row in two
+    first = heaviest_batches_first(costs, Limits(tokens=100), 4)
+    rows = [row for batch in first for row in batch]
+    assert [0] in first
+    assert len(set(rows)) == len(rows)
 
 
 def keyed(keys_of_rows: list[list[int]]) -> tuple[int, np.ndarray, np.ndarray]:

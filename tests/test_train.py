@@ -421,20 +421,6 @@ def test_a_model_folder_without_weights_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    "setting",
-    [
-        "training.packing=true",
-        "training.vision_cache=1GiB",
-    ],
-)
-def test_a_setting_that_is_not_built_yet_is_refused_rather_than_ignored(
-    dataset: Callable[..., Path], setting: str
-) -> None:
-    with pytest.raises(RecipeError, match="not available in this version"):
-        train(str(dataset()), [setting])
-
-
 def test_a_tracker_that_is_not_installed_is_named_with_what_to_install(
     dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

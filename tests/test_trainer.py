@@ -10,12 +10,11 @@ import torch
 from rich.console import Console
 
 from finetune.data.collate import Collator, collate
-from finetune.data.sampling import EpochSampler
 from finetune.model.adapters import add_adapter
 from finetune.model.load import load_model
 from finetune.recipe import load_recipe
 from finetune.rundir import RunDir
-from finetune.train import prepare
+from finetune.train import epoch_batches, prepare
 from finetune.trainer import VisionSFTTrainer, training_arguments
 from tests.conftest import NANO, chat_row, write_rows
 
@@ -34,7 +33,7 @@ def trainer(dataset: Callable[..., Path], tmp_path: Path) -> Callable[..., Visio
             add_adapter(model, family, recipe.adapter, "nano"),
             training_arguments(recipe, RunDir(tmp_path / "run"), num_eval_rows=4),
             Collator(prepared.encoder, prepared.train.rows + prepared.held_out.rows),
-            EpochSampler(prepared.train.spans(), recipe.training.seed),
+            epoch_batches(prepared),
             num_train_rows=len(prepared.train.rows),
         )
 
@@ -62,7 +61,7 @@ def test_rows_are_drawn_by_the_weights_of_their_sources(
         add_adapter(model, family, recipe.adapter, "nano"),
         training_arguments(recipe, RunDir(tmp_path / "run"), num_eval_rows=0),
         Collator(prepared.encoder, prepared.train.rows),
-        EpochSampler(prepared.train.spans(), recipe.training.seed),
+        epoch_batches(prepared),
         num_train_rows=len(prepared.train.rows),
     )
     trainer.data_collator = lambda features: [feature["row"] for feature in features]  # type: ignore[assignment]
@@ -123,7 +122,7 @@ def test_a_loading_process_knows_the_epoch_of_its_rows_also_in_a_resumed_run(
         noting = NotingCollator(
             ours.data_collator.encoder,  # type: ignore[union-attr]
             ours.data_collator.rows,  # type: ignore[union-attr]
-            sampler=ours.sampler,
+            sampler=ours.batches.sampler,
         )
         noting.file = tmp_path / name
         ours.data_collator = noting
@@ -140,13 +139,8 @@ def test_a_loading_process_knows_the_epoch_of_its_rows_also_in_a_resumed_run(
     # workers may have been asked ahead for the rows of the third epoch's last step
     assert set(whole) == {0, 1, 2}
     assert set(resumed) == {1, 2}
-    assert sorted(resumed[1]) == sorted(set(range(12)) - set(drawn_first(4)))
-
-
-def drawn_first(count: int) -> list[int]:
-    sampler = EpochSampler([(12, 1.0)], seed=0)
-    sampler.set_epoch(1)
-    return list(sampler)[:count]
+    first = trainer().batches.of_epoch(1)[0]
+    assert sorted(resumed[1]) == sorted(set(range(12)) - set(first))
 
 
 def test_frozen_weights_stay_as_they_were(trainer: Callable[..., VisionSFTTrainer]) -> None:
@@ -168,3 +162,68 @@ def test_two_trainings_with_one_seed_end_with_the_same_weights(
         ours.train()
         ends.append({n: p for n, p in ours.model.named_parameters() if p.requires_grad})  # type: ignore[union-attr]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_a_token_that_stands_for_several_rows_weighs_like_them(
+    trainer: Callable[..., VisionSFTTrainer],
+) -> None:
+    """Over a step of two batches, of which one has weights: the loss that is logged is the mean
+    over all rows.
+    """
+    ours = trainer(batch_size=6, gradient_accumulation=2, max_steps=1)
+    collator: Any = ours.data_collator
+    encoder, batches = collator.encoder, []
+
+    def weighted(features: Any) -> dict[str, Any]:
+        batch = collator(features)
+        if not batches:
+            weights = torch.ones(batch["labels"].shape)
+            weights[0] = 3
+            batch["label_weights"] = weights
+        batches.append(features)
+        return batch
+
+    ours.data_collator = weighted  # type: ignore[assignment]
+    model, _ = load_model(NANO)
+    ours.train()
+    numbers = [feature["row"] for batch in batches[:2] for feature in batch]
+    numbers += [numbers[0]] * 2
+    rows = [collator.rows[number] for number in numbers]
+    batch = collate([encoder.encode(row) for row in rows], encoder.processor, encoder.family)
+    with torch.no_grad():
+        expected = model(**batch).loss
+    logged = next(line["loss"] for line in ours.state.log_history if "loss" in line)
+    assert logged == pytest.approx(expected.item(), abs=1e-4)
+
+
+@pytest.mark.parametrize(("kernel", "given"), [("torch", True), ("liger", False)])
+def test_figures_that_the_loss_kernel_does_not_give_are_not_logged(
+    trainer: Callable[..., VisionSFTTrainer], kernel: Any, given: bool
+) -> None:
+    ours = trainer(max_steps=1)
+    ours.loss_kernel = kernel
+    ours.train()
+    logged = next(line for line in ours.state.log_history if "loss" in line)
+    assert logged["num_tokens"] > 0
+    assert [name in logged for name in ("entropy", "mean_token_accuracy")] == [given, given]
+
+
+def test_the_model_is_scored_on_learnt_tokens_alone(
+    trainer: Callable[..., VisionSFTTrainer],
+) -> None:
+    ours = trainer(batch_size=4, max_steps=1)
+    base = ours.model.get_base_model()  # type: ignore[union-attr, operator]
+    scored: list[int] = []
+    learnt: list[int] = []
+    base.lm_head.register_forward_hook(lambda module, args, out: scored.append(len(out)))
+    collator: Any = ours.data_collator
+
+    def noting(features: Any) -> Any:
+        batch = collator(features)
+        learnt.append(int((batch["labels"][:, 1:] != -100).sum()))
+        return batch
+
+    ours.data_collator = noting  # type: ignore[assignment]
+    ours.train()
+    assert scored
+    assert scored == learnt[: len(scored)]

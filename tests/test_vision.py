@@ -1,6 +1,7 @@
 """Packed vision against the library's own path: the same features, losses and gradients."""
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tests.families import CHECKPOINTS
 from tests.test_collate import row_losses
 
 MERGED = [name for name, each in CHECKPOINTS.items() if each.family.view_encoder]
+CROSSED = [name for name, each in CHECKPOINTS.items() if each.family.cross_encoder]
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +58,14 @@ def random_rows(folder: Path, seed: int) -> list[Row]:
     for number in range(int(draw.integers(1, 5))):
         pictures = draw.integers(0, 4, int(draw.integers(0, 4))).tolist()
         pictures = pictures or ([0] if number == 0 else [])  # not all rows without one
-        asked = (*(Image(f"{i}.png") for i in pictures), Text("What is it?"))
-        messages = (Message("user", asked), Message("assistant", (Text("A cat."),)))
-        rows.append(Row(f"rows:{number}", Conversation(messages), ImageAccess(folder)))
+        rows.append(row_about(folder, pictures))
     return rows
+
+
+def row_about(folder: Path, pictures: Sequence[int]) -> Row:
+    asked = (*(Image(f"{i}.png") for i in pictures), Text("What is it?"))
+    messages = (Message("user", asked), Message("assistant", (Text("A cat."),)))
+    return Row("rows:1", Conversation(messages), ImageAccess(folder))
 
 
 def adapted(model: Any, name: str, parts: tuple[Any, ...]) -> Any:
@@ -132,6 +138,98 @@ def test_adapter_gradients_are_those_of_the_stock_path(
     assert gradients[0].keys() == gradients[1].keys()
     assert any("lora_A" in key for key in gradients[0])
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-4)
+
+
+def test_every_checkpoint_is_of_one_kind() -> None:
+    assert sorted(MERGED + CROSSED) == sorted(CHECKPOINTS)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_each_picture_travels_and_is_computed_once_and_what_is_missing_never(
+    folders: dict[str, Path], name: str, tmp_path: Path
+) -> None:
+    encoder, model = opened(folders[name], name, packed=True)
+    noise(20, 70, seed=1).save(tmp_path / "0.png")
+    noise(60, 30, seed=2).save(tmp_path / "1.png")
+    rows = [row_about(tmp_path, pictures) for pictures in ([0, 1], [], [1, 0, 0])]
+    examples = [encoder.encode(row) for row in rows]
+    batch = collate(examples, encoder.processor, encoder.family, packed_vision=True)
+    views: PackedViews = batch["pixel_values"]
+    assert {group.dtype for group in views.groups} == {torch.uint8}
+    once = examples[0].views  # both pictures
+    assert sum(group.numel() for group in views.groups) == sum(view.size for view in once)
+    embedded = []
+    modules = dict(model.model.named_modules())
+    (patches,) = (each for key, each in modules.items() if key.endswith("patch_embedding"))
+    patches.register_forward_pre_hook(lambda module, args: embedded.append(len(args[0])))
+    row_losses(model, batch)
+    # Llama's tower takes images in four places for tiles
+    expected = 4 * 2 if encoder.family.name == "mllama" else len(once)
+    assert sum(embedded) == expected
+
+
+@pytest.mark.parametrize("pictures", [[[], []], [[], [0, 1, 0], [1]], [[], [1]]])
+@pytest.mark.parametrize("name", CROSSED)
+def test_rows_that_lack_pictures_of_others_learn_as_in_the_stock_path(
+    folders: dict[str, Path], name: str, pictures: list[list[int]], tmp_path: Path
+) -> None:
+    """There the missing ones are computed, and hidden by the masks."""
+    encoder, ours = opened(folders[name], name, packed=True)
+    _, stock = opened(folders[name], name, packed=False)
+    noise(30, 130, seed=1).save(tmp_path / "0.png")
+    noise(60, 40, seed=2).save(tmp_path / "1.png")
+    examples = [encoder.encode(row_about(tmp_path, each)) for each in pictures]
+    losses, gradients = [], []
+    for model, packed in ((ours, True), (stock, False)):
+        batch = collate(examples, encoder.processor, encoder.family, packed_vision=packed)
+        losses.append(row_losses(model, dict(batch)))
+        model = adapted(model, name, ("language", "connector", "vision"))
+        model(**batch).loss.backward()
+        gradients.append({k: p.grad for k, p in model.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(*losses, atol=2e-5, rtol=1e-5)
+    assert gradients[0].keys() == gradients[1].keys()
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("parts", "with_grad", "num_runs"),
+    [
+        (("language", "connector"), False, 2),
+        (("language",), False, 1),
+        (("language", "connector", "vision"), True, 2),
+    ],
+)
+@pytest.mark.parametrize(
+    ("name", "connector"),
+    [("llama-3.2-11b-vision", "multi_modal_projector"), ("idefics-9b", "perceiver_resampler")],
+)
+def test_where_views_are_read_by_cross_attention_only_what_learns_has_gradients(
+    folders: dict[str, Path],
+    name: str,
+    connector: str,
+    parts: tuple[Any, ...],
+    with_grad: bool,
+    num_runs: int,
+    tmp_path: Path,
+) -> None:
+    """And the connector is computed again where it learns, rather than kept."""
+    encoder, model = opened(folders[name], name, packed=True)
+    noise(30, 30).save(tmp_path / "0.png")
+    batch = collate(
+        [encoder.encode(row_about(tmp_path, [0]))],
+        encoder.processor,
+        encoder.family,
+        packed_vision=True,
+    )
+    model = adapted(model, name, parts)
+    inner = model.get_base_model().model
+    in_tower, runs = [], []
+    inner.vision_model.register_forward_hook(lambda *_: in_tower.append(torch.is_grad_enabled()))
+    # before it runs: the second time stops where nothing more is needed
+    inner.get_submodule(connector).register_forward_pre_hook(lambda *_: runs.append(1))
+    model(**batch).loss.backward()
+    assert in_tower == [with_grad]
+    assert len(runs) == num_runs
 
 
 def nano_rows(folder: Path, *sizes: tuple[int, int]) -> list[Row]:

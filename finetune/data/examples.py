@@ -8,17 +8,19 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, Literal
 
-import numpy as np
 from PIL import Image
 from xxhash import xxh3_64_intdigest
 
 from data_formats.chat import Conversation
 from finetune.data.augment import Draws, plan_enlarged
-from finetune.data.images import decode_image, load_image, page_of, read_image_file
+from finetune.data.images import decode_image, page_of, read_image_file
+from finetune.data.pictures import EXACT, Picture, Pictures, Shortcuts
 from finetune.data.render import Rendered, Renderer
+from finetune.data.sequences import Layouting
 from finetune.data.shorten import Shortened, with_fewer_views, without_oldest_exchanges
 from finetune.data.sources import Row
-from finetune.data.views import ImagePlan, Size, cut_views
+from finetune.data.views import ImagePlan, Size
+from finetune.data.vision_cache import VisionCache
 from finetune.errors import DataError
 from finetune.families.family import Family
 from finetune.recipe import DataSection, ImagesSection
@@ -37,13 +39,13 @@ class Example:
     """A row, ready to be put into a batch.
 
     `views` are those of all images, one after the other, as `plans` says: uint8 [3, H, W], each at
-    its own size in pixels.
+    its own size in pixels, or `KeyedView`s where there is a vision cache.
     """
 
     where: str
     input_ids: list[int]
     loss_mask: list[bool]
-    views: list[np.ndarray] = field(repr=False)
+    views: list[Any] = field(repr=False)
     plans: Sequence[ImagePlan] = ()
 
 
@@ -95,6 +97,12 @@ class Encoder:
     overlong: Overlong = "stop"
     packed_vision: bool = False
     """Whether batches hold views as they are, or the library's padded tensors."""
+    shortcuts: Shortcuts = EXACT
+    """To the pixels of the views."""
+    layouting: Layouting | None = None
+    """Which rows of a batch to be trained become one sequence; None keeps them apart."""
+    vision_cache: VisionCache | None = None
+    """Where views are looked up before their picture is decoded."""
 
     @classmethod
     def of_recipe(
@@ -105,42 +113,64 @@ class Encoder:
         data: DataSection,
         *,
         packed_vision: bool = False,
+        layouting: Layouting | None = None,
     ) -> "Encoder":
         """The encoder that a recipe's settings make."""
-        return cls(processor, family, images, data.max_tokens, data.overlong, packed_vision)
+        shortcuts = Shortcuts(data.reduced_decode, data.fast_resize)
+        return cls(
+            processor,
+            family,
+            images,
+            data.max_tokens,
+            data.overlong,
+            packed_vision,
+            shortcuts,
+            layouting,
+        )
 
     @cached_property
     def renderer(self) -> Renderer:
         """Renders for this processor."""
         return Renderer(self.processor, self.family)
 
-    def encode(self, row: Row, draws: Draws | None = None) -> Example:
-        """The row with everything in it, to be learnt from, as `draws` changes it, if there are
-        any. Raises `DataError`.
+    def new_pictures(self) -> Pictures:
+        """A memory for rows that are encoded one after the other, as those of a batch: what they
+        show is decoded and cut once, and their examples hold the same views.
         """
-        return self.encode_fitted(row, draws)[0]
+        resample = Image.Resampling(self.processor.image_processor.resample)
+        return Pictures(resample, self.shortcuts, self.vision_cache)
 
-    def encode_fitted(self, row: Row, draws: Draws | None = None) -> tuple[Example, Fitted]:
+    def encode(
+        self, row: Row, draws: Draws | None = None, pictures: Pictures | None = None
+    ) -> Example:
+        """The row with everything in it, to be learnt from, as `draws` changes it, if there are
+        any. `pictures` are those of the rows before it. Raises `DataError`.
+        """
+        return self.encode_fitted(row, draws, pictures)[0]
+
+    def encode_fitted(
+        self, row: Row, draws: Draws | None = None, pictures: Pictures | None = None
+    ) -> tuple[Example, Fitted]:
         """As `encode`, and what had to be done to the row for it to fit."""
-        images = _load_images(row)
-        fitted = self._fit(row.conversation, [image.size for image in images])
+        images = (pictures or self.new_pictures()).of_row(row)
+        fitted = self._fit(row.conversation, [image.size_px for image in images])
         if draws:
             fitted = self._augmented(fitted, draws)
-        views = self._cut([images[i] for i in fitted.image_numbers], fitted.plans)
+        views = _cut([images[i] for i in fitted.image_numbers], fitted.plans)
         rendered = fitted.rendered
         example = Example(row.where, rendered.input_ids, rendered.loss_mask, views, fitted.plans)
         return example, fitted
 
-    def encode_prompt(self, row: Row) -> Example:
+    def encode_prompt(self, row: Row, pictures: Pictures | None = None) -> Example:
         """The row up to its last answer, to be answered; nothing is learnt. Raises `DataError`."""
-        images = _load_images(row)
-        fitted = self._fit(row.conversation, [image.size for image in images])
+        images = (pictures or self.new_pictures()).of_row(row)
+        fitted = self._fit(row.conversation, [image.size_px for image in images])
         prompt = fitted.conversation.before_last_answer()
         num_images = sum(1 for _ in prompt.images())
         plans = fitted.plans[:num_images]
         ids = self.renderer.render_prompt(prompt, plans)
         shown = [images[i] for i in fitted.image_numbers[:num_images]]
-        return Example(row.where, ids, [False] * len(ids), self._cut(shown, plans), plans)
+        return Example(row.where, ids, [False] * len(ids), _cut(shown, plans), plans)
 
     def count_many(self, rows: Sequence[Row]) -> list[RowCounts | DataError]:
         """What each row costs, or why it cannot be trained; every image is decoded, so a row that
@@ -297,17 +327,11 @@ class Encoder:
         other = f", or set data.overlong: {listed}" if others else ""
         return f"{found}{tried.get(self.overlong, '')}; raise data.max_tokens{other}"
 
-    def _cut(self, images: Sequence[Image.Image], plans: Sequence[ImagePlan]) -> list[np.ndarray]:
-        resample = Image.Resampling(self.processor.image_processor.resample)
-        return [
-            view
-            for image, plan in zip(images, plans, strict=True)
-            for view in cut_views(image, plan, resample)
-        ]
 
-
-def _load_images(row: Row) -> list[Image.Image]:
-    return [load_image(part.source, row.image_access) for part in row.conversation.images()]
+def _cut(pictures: Sequence[Picture], plans: Sequence[ImagePlan]) -> list[Any]:
+    return [
+        view for picture, plan in zip(pictures, plans, strict=True) for view in picture.views(plan)
+    ]
 
 
 def _measure_images(row: Row) -> tuple[list[Size], tuple[int, ...]]:
@@ -316,7 +340,8 @@ def _measure_images(row: Row) -> tuple[list[Size], tuple[int, ...]]:
     for part in row.conversation.images():
         page = page_of(part.source)
         name, data = read_image_file(part.source, row.image_access)
-        sizes.append(decode_image(name, data, row.image_access, page=page).size)
+        image = decode_image(name, data, row.image_access, page=page, keep_grey=True)
+        sizes.append(image.size)
         # of the file: a digest of the pixels costs a fifth of decoding a JPEG
         keys.append(xxh3_64_intdigest(data, seed=page or 0))
     return sizes, tuple(keys)

@@ -7,18 +7,17 @@ import io
 import os
 import re
 import stat
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageFile, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from rapidfuzz import fuzz, process
 
 from finetune.data.downloads import download
 from finetune.data.pdf import render_page
+from finetune.data.pillow import own_pillow_settings, to_rgb, to_rgb_or_grey
 from finetune.data.signatures import image_format, why_no_image
 from finetune.data.truncation import CutShortError, largest_part, refuse_cut_short
 from finetune.errors import DataError
@@ -93,9 +92,19 @@ def page_of(source: str | bytes) -> int | None:
 
 
 def decode_image(
-    name: str, data: bytes, access: ImageAccess, *, page: int | None = None
+    name: str,
+    data: bytes,
+    access: ImageAccess,
+    *,
+    page: int | None = None,
+    reduction: int = 1,
+    keep_grey: bool = False,
 ) -> Image.Image:
-    """The file's bytes as upright RGB; `name` stands in messages. Raises `DataError`."""
+    """The file's bytes as upright RGB; `name` stands in messages. Raises `DataError`.
+
+    A `reduction` of 2, 4 or 8 decodes a JPEG file at that part of its edges, rounded up; other
+    formats have their own size all the same. With `keep_grey`, what has no colours is mode L.
+    """
     found = image_format(data)
     try:
         if found is None:
@@ -104,27 +113,52 @@ def decode_image(
             return render_page(data, page, dpi=access.pdf_dpi, max_megapixels=access.max_megapixels)
         if page is not None:
             raise DataError(f"is {found}, not a PDF, and has no pages; leave #page={page} out")
-        return _decode(data, found, access.max_megapixels)
+        image = _decode(data, found, access.max_megapixels, reduction if found == "JPEG" else 1)
+        return image if keep_grey else to_rgb(image)
     except CutShortError as error:
         raise DataError(f"image {name} is cut short ({error}); mend or replace it") from error
     except DataError as error:
         raise DataError(f"image {name} {error}") from error
 
 
-def _decode(data: bytes, found: str, max_megapixels: float) -> Image.Image:
+def jpeg_size(name: str, data: bytes, access: ImageAccess) -> tuple[int, int] | None:
+    """Width and height that `decode_image` would give, from a JPEG file's header alone; None for
+    other formats. Raises `DataError`.
+    """
+    if image_format(data) != "JPEG":
+        return None
+    try:
+        with _opened(data, "JPEG", access.max_megapixels) as image:
+            sideways = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+            return (image.height, image.width) if sideways else image.size
+    except DataError as error:
+        raise DataError(f"image {name} {error}") from error
+
+
+def _decode(data: bytes, found: str, max_megapixels: float, reduction: int) -> Image.Image:
+    """Upright, RGB or L."""
     if found in ("AVIF", "HEIF"):
         Image.init()
         if found not in Image.OPEN:
             raise DataError(f"is {found}, which this Pillow cannot read; convert it to PNG or JPEG")
     _refuse_too_large(largest_part(data, found), max_megapixels)
     refuse_cut_short(data, found)
+    with _opened(data, found, max_megapixels) as image:
+        if reduction > 1:
+            image.draft(None, (image.width // reduction, image.height // reduction))
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        return to_rgb_or_grey(image)
+
+
+@contextlib.contextmanager
+def _opened(data: bytes, found: str, max_megapixels: float) -> Iterator[Image.Image]:
+    """The file's header read; whatever goes wrong within is a `DataError`."""
     with own_pillow_settings():
         try:
-            with Image.open(io.BytesIO(data), formats=(found,)) as opened:
-                _refuse_too_large(opened.size, max_megapixels)
-                opened.load()
-                ImageOps.exif_transpose(opened, in_place=True)
-                return to_rgb(opened)
+            with Image.open(io.BytesIO(data), formats=(found,)) as image:
+                _refuse_too_large(image.size, max_megapixels)
+                yield image
         except DataError:
             raise
         except Exception as error:  # decoders let through whatever foreign bytes lead them to
@@ -138,80 +172,6 @@ def _refuse_too_large(size: tuple[int, int], max_megapixels: float) -> None:
             f"is too large ({width:,} x {height:,} pixels, more than {max_megapixels:g} "
             "megapixels); scale it down, or raise data.max_megapixels"
         )
-
-
-class _PillowSettings:
-    """Two settings of Pillow hold for the whole process, and any library may have changed them:
-    whether cut images are filled up with grey, and above how many pixels it warns or raises (we
-    hold each image against the recipe's own limit). They are ours while any thread decodes.
-    """
-
-    def __init__(self) -> None:
-        self.before: tuple[bool, int | None] = (False, None)
-        self.reset()
-
-    def reset(self) -> None:
-        """As when nobody decodes; also for a forked process, where the lock may be held by a thread
-        that was not forked.
-        """
-        self.lock = threading.Lock()
-        self.num_users = 0
-
-    def enter(self) -> None:
-        with self.lock:
-            if self.num_users == 0:
-                self.before = ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS
-            ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = False, None
-            self.num_users += 1
-
-    def leave(self) -> None:
-        with self.lock:
-            self.num_users -= 1
-            if self.num_users == 0:
-                ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = self.before
-
-
-_settings = _PillowSettings()
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_settings.reset)
-
-
-@contextlib.contextmanager
-def own_pillow_settings() -> Iterator[None]:
-    """Pillow's process-wide settings are ours within, whatever other libraries have set, and given
-    back after.
-    """
-    _settings.enter()
-    try:
-        yield
-    finally:
-        _settings.leave()
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode as RGB: transparency over white as the library does it, 16-bit greys scaled
-    rather than clipped.
-
-    Raises `DataError` for floating-point images, whose range nothing tells.
-    """
-    if image.mode == "RGB" and image.info.get("transparency") is None:
-        return image
-    if image.mode == "F":
-        raise DataError("holds floating-point pixels, whose white nothing tells; save it as 8-bit")
-    if image.mode.startswith(
-        "I"
-    ):  # I;16, I;16B, I;16L and the 32-bit I that 16-bit files once opened as
-        values = np.asarray(image, dtype=np.int64).clip(0, 65535)
-        # 257 = 65535 / 255: the brightest 16-bit grey becomes 255
-        return Image.fromarray((values / 257).round().astype(np.uint8)).convert("RGB")
-    if (
-        "A" in image.getbands()
-        or "a" in image.getbands()
-        or image.info.get("transparency") is not None
-    ):
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
 
 
 def _read_url(url: str, scheme: str, access: ImageAccess) -> bytes:

@@ -1,17 +1,20 @@
 """The views of a batch as they travel to the model: every different one once, at its own size, a
 byte a value.
 
-Shape letters: N views of the batch, n different ones of one size, C channels (3), H height, W width
-in pixels, P patches, D width of the vision tower.
+Shape letters: N views of the batch, V different ones, n different ones of one size, C channels (3),
+H height, W width in pixels, P places of a view's features, D their width.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from xxhash import xxh3_128_digest
+
+_Group = tuple[tuple[int, ...], bool]  # the size of its views, and whether it holds features
 
 
 class HasViews(Protocol):
@@ -23,12 +26,45 @@ class HasViews(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class KeyedView:
+    """A view that the vision cache has a name for: its features where they are kept, its pixels
+    where they are to be computed.
+
+    Two of one key are equal: they show the same.
+    """
+
+    key: str
+    shape: tuple[int, int, int] = field(compare=False)
+    """Of the pixels [C, H, W]."""
+    pixels: np.ndarray | None = field(default=None, compare=False, repr=False)
+    """uint8 [C, H, W]."""
+    features: torch.Tensor | None = field(default=None, compare=False, repr=False)
+    """bfloat16 [P, D]."""
+
+    @property
+    def given(self) -> np.ndarray | torch.Tensor:
+        """The one of both that is there."""
+        given = self.pixels if self.features is None else self.features
+        assert given is not None, "neither pixels nor features"
+        return given
+
+
+def view_key(view: "np.ndarray | KeyedView") -> Hashable:
+    """Equal for views that show the same, as far as shape and pixels, or the cache, tell."""
+    if isinstance(view, KeyedView):
+        return view.key
+    return view.shape, xxh3_128_digest(np.ascontiguousarray(view).data)
+
+
 @dataclass(frozen=True)
 class PackedViews:
     """Stands in a batch where the library has `pixel_values`.
 
-    `groups` are uint8 [n, C, H, W], views of one size each. `order_N` is the place of each view of
-    the batch among those of all groups, one after the other; one place may come several times.
+    `groups` are views of one size each, uint8 [n, C, H, W], or the features that a vision cache
+    has of them, bfloat16 [n, P, D]. `order_N` is the place of each view of the batch among those of
+    all groups, one after the other; one place may come several times. `keys` [V] name the views
+    whose features the cache is to keep, and is empty where there is none.
     """
 
     groups: tuple[torch.Tensor, ...]
@@ -36,6 +72,7 @@ class PackedViews:
     rescale_factor: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    keys: tuple[str | None, ...] = ()
 
     def __len__(self) -> int:
         return len(self.order_N)
@@ -74,41 +111,51 @@ def pack_views(
     rows: Sequence[HasViews], processor: Any, input_ids_BT: torch.Tensor
 ) -> dict[str, Any]:
     """`pixel_values`, a `PackedViews`, row after row; or nothing where there is no view."""
-    places, by_size = _different(view for row in rows for view in row.views)
+    places, groups = _different(view for row in rows for view in row.views)
     if not places:
         return {}
-    starts, start = {}, 0
-    for size, views in by_size.items():
-        starts[size] = start
-        start += len(views)
+    starts = dict(zip(groups, accumulate(map(len, groups.values()), initial=0), strict=False))
+    each = [view for group in groups.values() for view in group]
+    keys = tuple(_key_to_keep(view) for view in each)
     image_processor = processor.image_processor
     packed = PackedViews(
-        groups=tuple(torch.from_numpy(np.stack(views)) for views in by_size.values()),
-        order_N=torch.tensor([starts[size] + place for size, place in places]),
+        groups=tuple(map(_stacked, groups.values())),
+        order_N=torch.tensor([starts[group] + place for group, place in places]),
         rescale_factor=image_processor.rescale_factor,
         mean=tuple(image_processor.image_mean),
         std=tuple(image_processor.image_std),
+        keys=keys if any(keys) else (),
     )
     return {"pixel_values": packed}
 
 
-def _different(
-    views: Any,
-) -> tuple[list[tuple[tuple[int, ...], int]], dict[tuple[int, ...], list[np.ndarray]]]:
-    """Size and place of every view among the different ones of its size, and these."""
-    places: list[tuple[tuple[int, ...], int]] = []
-    by_size: dict[tuple[int, ...], list[np.ndarray]] = {}
-    seen: dict[tuple[tuple[int, ...], bytes], int] = {}
-    digests: dict[int, bytes] = {}  # rows about one picture hold the same objects
+def _different(views: Iterable[Any]) -> tuple[list[tuple[_Group, int]], dict[_Group, list[Any]]]:
+    """Group of every view, and its place among the different ones of that; and these."""
+    groups: dict[_Group, list[Any]] = {}
+    seen: dict[Hashable, tuple[_Group, int]] = {}
+    keys: dict[int, Hashable] = {}  # rows about one picture hold the same objects
+    places = []
     for view in views:
-        digest = digests.setdefault(id(view), b"") or xxh3_128_digest(
-            np.ascontiguousarray(view).data
-        )
-        digests[id(view)] = digest
-        size = view.shape
-        alike = by_size.setdefault(size, [])
-        place = seen.setdefault((size, digest), len(alike))
-        if place == len(alike):
+        if id(view) not in keys:
+            keys[id(view)] = view_key(view)
+        key = keys[id(view)]
+        if key not in seen:
+            # features, too, are grouped by the size of their pixels, for the connector to compute
+            # the same batches whether they were kept or not
+            group = view.shape, isinstance(view, KeyedView) and view.features is not None
+            alike = groups.setdefault(group, [])
+            seen[key] = group, len(alike)
             alike.append(view)
-        places.append((size, place))
-    return places, by_size
+        places.append(seen[key])
+    return places, groups
+
+
+def _stacked(views: list[Any]) -> torch.Tensor:
+    given: list[Any] = [view.given if isinstance(view, KeyedView) else view for view in views]
+    if isinstance(given[0], torch.Tensor):
+        return torch.stack(given)
+    return torch.from_numpy(np.stack(given))
+
+
+def _key_to_keep(view: Any) -> str | None:
+    return view.key if isinstance(view, KeyedView) and view.features is None else None

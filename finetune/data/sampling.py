@@ -1,21 +1,24 @@
-"""Which rows an epoch trains, and in which order; and which rows are held out.
+"""Which rows an epoch trains, in which batches and which order; and which rows are held out.
 
-Both depend on seeds alone, so that a run can be repeated, resumed, and shared out over processes.
+All depend on seeds alone, so that a run can be repeated, resumed, and shared out over processes.
 """
 
+import math
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from torch.utils.data import Sampler
 from xxhash import xxh3_64_intdigest
 
+from finetune.data.batches import Batches, arrange, cost, cut, num_batches_window, split_until
+from finetune.data.gathering import Limits, RowSizes, gather
+from finetune.data.heaviest import NUM_HEAVIEST_KINDS, heaviest_batches_first
 from finetune.errors import DataError, RunDirError
 from finetune.recipe import TrainingSection
 from finetune.rundir import RunDir, read_json
-
-NUM_HEAVIEST_KINDS = 3
-"""Batches that `heaviest_batches` gives: mixed, longest, largest."""
 
 
 class EpochSampler(Sampler[int]):
@@ -23,47 +26,12 @@ class EpochSampler(Sampler[int]):
 
     A row of weight 2 comes twice an epoch; of rows of weight 0.5 half come, in the next epoch the
     other half. `spans` are (number of rows, weight), one a source, in the order of the rows.
-
-    With `costs`, an examination's counts, the first epoch begins with the `num_heaviest_batches`
-    heaviest batches of `batch_size` of the rows it draws (`heaviest_batches_first`); all others
-    keep their order.
     """
 
-    def __init__(
-        self,
-        spans: Sequence[tuple[int, float]],
-        seed: int,
-        *,
-        costs: np.ndarray | None = None,
-        batch_size: int = 1,
-        num_heaviest_batches: int = 0,
-    ):
+    def __init__(self, spans: Sequence[tuple[int, float]], seed: int):
         self.spans = tuple(spans)
         self.seed = seed
-        self.costs = costs
-        self.batch_size = batch_size
-        self.num_heaviest_batches = num_heaviest_batches
         self.epoch = 0
-
-    @classmethod
-    def of_recipe(
-        cls, spans: Sequence[tuple[int, float]], training: TrainingSection, costs: np.ndarray | None
-    ) -> "EpochSampler":
-        """The sampler of a run; `costs`, an examination's counts, put heavy batches in front.
-
-        Those of a whole step, and one of each kind after it: only then does the optimizer's state
-        stand in memory beside a batch.
-        """
-        if costs is None:
-            return cls(spans, training.seed)
-        num_processes = int(os.environ.get("WORLD_SIZE") or 1)
-        return cls(
-            spans,
-            training.seed,
-            costs=costs,
-            batch_size=training.batch_size * num_processes,
-            num_heaviest_batches=training.gradient_accumulation + NUM_HEAVIEST_KINDS,
-        )
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch that the next iteration gives, from 0."""
@@ -73,60 +41,164 @@ class EpochSampler(Sampler[int]):
         return sum(_num_drawn(count, weight) for count, weight in self.spans)
 
     def __iter__(self) -> Iterator[int]:
-        drawn, start = [], 0
+        yield from self.rows_of(self.epoch).tolist()
+
+    def rows_of(self, epoch: int) -> np.ndarray:
+        """The row numbers of an epoch, in its order [n]."""
+        drawn, start = [np.zeros(0, np.int64)], 0
         for source, (count, weight) in enumerate(self.spans):
             # The source's rows in a fixed order, gone round and round: the next epoch goes on where
             # this one ended, so that no row comes again before all others have come
             order = np.random.default_rng([self.seed, source]).permutation(count) + start
             number = _num_drawn(count, weight)
-            drawn.append(order[np.arange(self.epoch * number, (self.epoch + 1) * number) % count])
+            drawn.append(order[np.arange(epoch * number, (epoch + 1) * number) % count])
             start += count
-        rng = np.random.default_rng([self.seed, len(self.spans), self.epoch])
-        numbers = rng.permutation(np.concatenate(drawn))
-        if self.costs is not None and self.epoch == 0:
-            places = heaviest_batches_first(
-                self.costs[numbers], self.batch_size, self.num_heaviest_batches
-            )
-            numbers = np.concatenate([numbers[places], np.delete(numbers, places)])
-        yield from numbers.tolist()
+        rng = np.random.default_rng([self.seed, len(self.spans), epoch])
+        return rng.permutation(np.concatenate(drawn))
 
 
-def heaviest_batches(counts: np.ndarray, batch_size: int) -> list[list[int]]:
-    """Batches one of which is the heaviest that rows of these counts can make, a kind after the
-    other: mixed of the longest and the largest, since rows are padded to the longest of their batch
-    and views to the largest; the rows of most tokens; the rows of most pixels.
+@dataclass(frozen=True)
+class Batching:
+    """How the rows of an epoch become batches and optimizer steps.
 
-    `counts` are an examination's. A batch holds a row once, and all rows where there are fewer.
+    `by_cost` sorts rows and batches by what they cost, within windows. `epochs` and `max_steps`
+    are the recipe's, of which one is set.
     """
-    longest, largest = (order[:batch_size] for order in _by_cost(counts))
-    mixed = [row for pair in zip(longest, largest, strict=True) for row in pair]
-    return [list(dict.fromkeys(mixed))[:batch_size], longest, largest]
+
+    limits: Limits
+    accumulation: int = 1
+    by_cost: bool = False
+    epochs: float | None = 1
+    max_steps: int | None = None
+    num_processes: int = 1
+    num_heaviest_batches: int = 0
+    """Of each process, in front of the first epoch."""
+
+    @classmethod
+    def of_recipe(cls, training: TrainingSection, *, worst_first: bool = False) -> "Batching":
+        """For as many processes as there are.
+
+        `worst_first` puts the heaviest batches in front: those of a whole step, and one of each
+        kind after it, for only then does the optimizer's state stand in memory beside a batch.
+        """
+        accumulation = training.gradient_accumulation
+        return cls(
+            Limits(
+                training.batch_size,
+                training.batch_tokens,
+                training.batch_patches,
+                packs=training.packing,
+            ),
+            accumulation,
+            training.group_by_cost,
+            training.epochs,
+            training.max_steps,
+            int(os.environ.get("WORLD_SIZE") or 1),
+            accumulation + NUM_HEAVIEST_KINDS if worst_first else 0,
+        )
+
+    def steps_of_epoch(self, num_batches: int) -> int:
+        """Optimizer steps in which so many batches are trained, as the trainer counts them."""
+        passes = math.ceil(num_batches / self.num_processes)
+        return math.ceil(passes / self.accumulation)
 
 
-def heaviest_batches_first(counts: np.ndarray, batch_size: int, num_batches: int) -> list[int]:
-    """Rows of the heaviest batches, one batch after the other: of the kinds of `heaviest_batches`
-    in turn, each of the rows that those before it left.
+class EpochBatches(Sampler[list[int]]):
+    """Batches of row numbers, epoch after epoch; every epoch has as many, since the trainer counts
+    its steps once.
 
-    A row can be in one batch alone. The mixed one comes first, whole: it alone holds the longest
-    and the largest row together, while the others find rows nearly as heavy.
+    Rows come in the sampler's order; of rows that are gathered, those of one picture stay together,
+    wherever one of them would come. Grouped by cost, rows and batches change places within windows
+    of some steps. Where another epoch has more batches, some are halved. Neighbours are meant for
+    neighbouring processes. `sizes`, a line a row, may be left out where batches of so many rows are
+    taken as they come.
+
+    The epoch is the sampler's, so that whoever sets one sets both: accelerate and the trainer know
+    several ways to a batch sampler, and to the sampler in it.
     """
-    num_rows = batch_size * num_batches
-    # No batch needs rows beyond these, and examinations have millions
-    left = np.unique([row for order in _by_cost(counts) for row in order[:num_rows]])
-    first: list[int] = []
-    for turn in range(num_batches):
-        if not len(left):
-            break
-        batch = heaviest_batches(counts[left], batch_size)[turn % NUM_HEAVIEST_KINDS]
-        first += left[batch].tolist()
-        left = np.delete(left, batch)
-    return first
 
+    def __init__(self, sampler: EpochSampler, batching: Batching, sizes: RowSizes | None = None):
+        self.sampler = sampler
+        self.batching = batching
+        self.sizes = sizes
 
-def _by_cost(counts: np.ndarray) -> tuple[list[int], list[int]]:
-    """All rows by tokens and by pixels, the most first; where one is equal the other decides."""
-    tokens, pixels = (-counts[name].astype(np.int64) for name in ("num_tokens", "num_view_pixels"))
-    return np.lexsort((pixels, tokens)).tolist(), np.lexsort((tokens, pixels)).tolist()
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch that the next iteration gives, from 0."""
+        self.sampler.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return self._num_batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        yield from self.of_epoch(self.sampler.epoch)
+
+    @property
+    def have_one_size(self) -> bool:
+        """Whether all batches have as many rows, but for an epoch's last one."""
+        gathers = self.sizes is not None and self.sizes.pictures is not None
+        return self.batching.limits.rows is not None and not gathers
+
+    def num_steps(self) -> int:
+        """Optimizer steps of the run, as the trainer counts them."""
+        batching = self.batching
+        if batching.max_steps:
+            return batching.max_steps
+        return math.ceil((batching.epochs or 1) * batching.steps_of_epoch(len(self)))
+
+    def of_epoch(self, epoch: int) -> list[list[int]]:
+        """The batches of an epoch, in their order."""
+        rng = self._rng(epoch)
+        first, batches = self._cut(epoch, rng)
+        batches = split_until(batches, len(self) - len(first))
+        batching = self.batching
+        if batching.by_cost and self.sizes:
+            tokens, patches = batches.loads(self.sizes, packs=batching.limits.packs)
+            costs = cost(tokens, patches) if len(batches) else np.zeros(0)
+            order = arrange(costs, batching.accumulation, batching.num_processes, rng)
+            batches = batches.in_order(order)
+        return first + batches.lists()
+
+    @cached_property
+    def _num_batches(self) -> int:
+        batching = self.batching
+        if batching.limits.rows and self.have_one_size:
+            most = math.ceil(len(self.sampler) / batching.limits.rows)
+        else:
+            most = self._num_before_even(0)
+            if batching.max_steps:
+                epochs = math.ceil(batching.max_steps / max(batching.steps_of_epoch(most), 1))
+            else:
+                epochs = math.ceil(batching.epochs or 1)
+            most = max([most, *map(self._num_before_even, range(1, epochs))])
+        # or accelerate fills up with batches of the epoch's beginning, and rows come twice
+        even = math.ceil(most / batching.num_processes) * batching.num_processes
+        return even if even <= len(self.sampler) else most
+
+    def _num_before_even(self, epoch: int) -> int:
+        first, batches = self._cut(epoch, self._rng(epoch))
+        return len(first) + len(batches)
+
+    def _rng(self, epoch: int) -> np.random.Generator:
+        return np.random.default_rng([self.sampler.seed, len(self.sampler.spans) + 1, epoch])
+
+    def _cut(self, epoch: int, rng: np.random.Generator) -> tuple[list[list[int]], Batches]:
+        """The heaviest batches, where they come first, and those of all other rows."""
+        rows, batching, sizes = self.sampler.rows_of(epoch), self.batching, self.sizes
+        if sizes is None:
+            assert batching.limits.rows, "budgets need the sizes of the rows"
+            return [], Batches(rows, np.arange(0, len(rows), batching.limits.rows))
+        first: list[list[int]] = []
+        if epoch == 0 and batching.num_heaviest_batches:
+            num_batches = batching.num_heaviest_batches * batching.num_processes
+            chosen = heaviest_batches_first(sizes.of_rows(rows), batching.limits, num_batches)
+            first = [rows[batch].tolist() for batch in chosen]
+            rows = np.delete(rows, [place for batch in chosen for place in batch])
+        units = gather(rows, sizes, batching.limits, rng)
+        window = num_batches_window(batching.accumulation, batching.num_processes)
+        by_cost = batching.by_cost
+        return first, cut(
+            units, batching.limits, by_cost=by_cost, rng=rng, num_batches_window=window
+        )
 
 
 def was_worst_first(run: RunDir, *, asked: bool) -> bool:

@@ -195,6 +195,7 @@ class StreamCollator:
             encoder.processor,
             encoder.family,
             packed_vision=encoder.packed_vision,
+            layouting=encoder.layouting,
         )
         batch["stream"] = {
             "consumer": features[-1].consumer,

@@ -58,6 +58,24 @@ class ViewEncoder:
     connect: Callable[[Any, torch.Tensor], torch.Tensor]
     """That [n, P, D] -> the features [n, L, E] that stand in the text."""
 
+    tower_of_sizes: Callable[[Any, Sequence[torch.Tensor]], list[torch.Tensor]] | None = None
+    """`tower` of views of several sizes, a tensor a size, whose patches become one sequence: for
+    where attention keeps them apart by itself. None where views have one size.
+    """
+
+
+@dataclass(frozen=True)
+class CrossEncoder(ViewEncoder):
+    """How views become states of their own, which cross-attention layers read. All that a token
+    sees is named by a mask, so views that nothing shows, in places where a batch has none, may be
+    any.
+    """
+
+    inputs: Callable[[Mapping[str, Any], torch.Tensor], dict[str, Any]] = field(kw_only=True)
+    """What else the model's forward is given, by name, and the states of all views [N, L, E] -> in
+    what it takes them.
+    """
+
 
 @dataclass(frozen=True)
 class Template:
@@ -131,6 +149,9 @@ class Family:
 
     view_encoder: ViewEncoder | None = None
     """The steps from packed views to features; None where cross-attention reads them."""
+
+    cross_encoder: CrossEncoder | None = None
+    """The steps from packed views to states; None where features stand in the text."""
 
     closes_every_turn: bool = True
     """Whether the template puts `turn_end_token` after users' turns as well as after answers."""

@@ -3,20 +3,22 @@ of Llama; an image is one token of the text.
 
 Source: arXiv 2306.16527 and transformers v5.23, models/idefics.
 
-Shape letters: B rows, T tokens, I images of the row that has most, C channels (3), H and W pixels
-of a view.
+Shape letters: B rows, T tokens, I images of the row that has most, n views of one call, C channels
+(3), H and W pixels of a view, P patches and the class token, D width of the tower, L latents.
 """
 
 import re
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from finetune.data.packed_views import HasViews, pack_views
 from finetune.data.views import ImagePlan, View
-from finetune.families.family import Family, Part, Template, ViewedRow
+from finetune.families.family import CrossEncoder, Family, Part, Template, ViewedRow
 from finetune.families.idefics2 import FAKE, IMAGE, normalised
 from finetune.recipe import ImagesSection
 
@@ -101,9 +103,57 @@ def stack(
     for b, row in enumerate(rows):
         for i, view in enumerate(row.views):
             pixels_BICHW[b, i] = normalised(view, processor.image_processor)
-    seen_BT = image_seen(input_ids_BT, processor.image_token_id)
-    mask_BTI = seen_BT[..., None] == torch.arange(num_images)
-    return {"pixel_values": pixels_BICHW, "image_attention_mask": mask_BTI.long()}
+    mask_BTI = _seen_mask(input_ids_BT, processor.image_token_id, num_images)
+    return {"pixel_values": pixels_BICHW, "image_attention_mask": mask_BTI}
+
+
+@dataclass
+class _Views:
+    views: list[Any]
+
+
+def pack(rows: Sequence[ViewedRow], processor: Any, input_ids_BT: torch.Tensor) -> dict[str, Any]:
+    """As `stack`, with each different image once for `pixel_values`, and I places for each row,
+    where images that it lacks are any.
+
+    A batch without any has a black one, which no token sees.
+    """
+    shown: list[HasViews] = list(rows)
+    if not any(row.views for row in rows):
+        edge_px = processor.image_processor.size["height"]
+        shown = [_Views([np.zeros((3, edge_px, edge_px), np.uint8)])]
+    packed = pack_views(shown, processor, input_ids_BT)["pixel_values"]
+    num_images = max(1, *(len(row.views) for row in rows))
+    order_BI = torch.zeros((len(rows), num_images), dtype=torch.long)
+    is_there_BI = torch.arange(num_images) < torch.tensor([len(row.views) for row in rows])[:, None]
+    if is_there_BI.any():
+        order_BI[is_there_BI] = packed.order_N
+    mask_BTI = _seen_mask(input_ids_BT, processor.image_token_id, num_images)
+    return {
+        "pixel_values": replace(packed, order_N=order_BI.flatten()),
+        "image_attention_mask": mask_BTI,
+    }
+
+
+def _seen_mask(input_ids_BT: torch.Tensor, image_token_id: int, num_images: int) -> torch.Tensor:
+    seen_BT = image_seen(input_ids_BT, image_token_id)
+    return (seen_BT[..., None] == torch.arange(num_images)).long()
+
+
+def tower(inner: Any, pixels_nCHW: torch.Tensor) -> torch.Tensor:
+    """The last hidden states [n, P, D]."""
+    return inner.vision_model(pixel_values=pixels_nCHW).last_hidden_state
+
+
+def connect(inner: Any, hidden_nPD: torch.Tensor) -> torch.Tensor:
+    """Their latents [n, L, D]."""
+    return inner.perceiver_resampler(hidden_nPD)
+
+
+def latents_of_rows(given: Mapping[str, Any], latents_NLD: torch.Tensor) -> dict[str, Any]:
+    """As the model takes what its perceiver computed [B, I, L, D]."""
+    num_rows = len(given["image_attention_mask"])
+    return {"perceiver_embeddings": latents_NLD.unflatten(0, (num_rows, -1))}
 
 
 def image_seen(input_ids_BT: torch.Tensor, image_token_id: int) -> torch.Tensor:
@@ -175,7 +225,8 @@ IDEFICS = Family(
     finish_text=finish_text,
     num_image_tokens=lambda processor, plan: 1,
     stack=stack,
-    pack=stack,
+    pack=pack,
+    cross_encoder=CrossEncoder(tower, connect, inputs=latents_of_rows),
     set_images=lambda processor, images: None,
     own_images=lambda processor: {},
     lent_template=INSTRUCT_TEMPLATE,

@@ -193,6 +193,25 @@ def tower(inner: Any, pixels_nCHW: torch.Tensor) -> torch.Tensor:
     return seen.last_hidden_state
 
 
+def tower_of_sizes(inner: Any, groups: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """`tower` of groups of views, each of one size [n, C, H, W], in one pass of the layers.
+
+    Their parts are called as modules, since the module as a whole takes one size. The layers get no
+    mask: it is for their attention to keep views apart (`finetune.model.varlen`).
+    """
+    vision, patch = inner.vision_model, inner.config.vision_config.patch_size
+    patches = []
+    for pixels_nCHW in groups:
+        num_views, _, height, width = pixels_nCHW.shape
+        shape = (num_views, height // patch, width // patch)
+        is_patch = torch.ones(shape, dtype=torch.bool, device=pixels_nCHW.device)
+        patches.append(vision.embeddings(pixel_values=pixels_nCHW, patch_attention_mask=is_patch))
+    one_1PD = torch.cat([each.flatten(0, 1) for each in patches])[None]
+    hidden_1PD = vision.encoder(inputs_embeds=one_1PD, attention_mask=None).last_hidden_state
+    parts = vision.post_layernorm(hidden_1PD)[0].split([each[..., 0].numel() for each in patches])
+    return [part.view_as(each) for part, each in zip(parts, patches, strict=True)]
+
+
 def connect(inner: Any, hidden_nPD: torch.Tensor) -> torch.Tensor:
     """Their latents [n, L, E]."""
     is_patch = torch.ones(hidden_nPD.shape[:2], dtype=torch.bool, device=hidden_nPD.device)
@@ -251,7 +270,7 @@ IDEFICS2 = Family(
     finish_text=finish_text,
     num_image_tokens=num_image_tokens,
     stack=stack_padded_views,
-    view_encoder=ViewEncoder(tower=tower, connect=connect),
+    view_encoder=ViewEncoder(tower, connect, tower_of_sizes),
     set_images=set_images,
     own_images=own_images,
     cheaper_images=unsplit,

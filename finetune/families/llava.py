@@ -3,7 +3,8 @@
 Source: arXiv 2310.03744, transformers v5.23, models/llava, and the chat template of
 llava-hf/llava-1.5-7b-hf.
 
-Shape letters: B rows, T tokens, N views of the batch, C channels (3), H height, W width in pixels.
+Shape letters: B rows, T tokens, N views of the batch, n views of one call, C channels (3), H and W
+pixels of a view, P patches and the class token, D width of the tower.
 """
 
 from collections.abc import Sequence
@@ -129,12 +130,27 @@ def stack_views(
 
 
 def tower(inner: Any, pixels_nCHW: torch.Tensor) -> torch.Tensor:
-    """The hidden states that the configuration chooses [n, P, D]: those of one layer, less the
-    first patch with the strategy `default`.
+    """The hidden states that the configuration chooses [n, P, D]: those of one layer, or of several
+    side by side, less the first patch with the strategy `default`.
+
+    The layers after the last of these do not run, nor does the pooling behind them, as they would
+    in the module as a whole. Its parts are called as modules.
     """
-    seen = inner.vision_tower(pixels_nCHW, output_hidden_states=True).hidden_states
-    chosen = seen[inner.config.vision_feature_layer]
-    return chosen[:, 1:] if inner.config.vision_feature_select_strategy == "default" else chosen
+    config, vision = inner.config, inner.vision_tower
+    chosen = config.vision_feature_layer
+    places = [chosen] if isinstance(chosen, int) else list(chosen)
+    num_layers = len(vision.encoder.layers)
+    depths = [place if place >= 0 else num_layers + 1 + place for place in places]
+    hidden_nPD = vision.embeddings(pixels_nCHW)
+    if hasattr(vision, "pre_layrnorm"):  # CLIP's, spelt so in the checkpoints; SigLIP has none
+        hidden_nPD = vision.pre_layrnorm(hidden_nPD)
+    after = {0: hidden_nPD}
+    for depth, layer in enumerate(vision.encoder.layers[: max(depths)], start=1):
+        hidden_nPD = layer(hidden_nPD, None)  # no mask: all patches see each other
+        if depth in depths:
+            after[depth] = hidden_nPD
+    seen = torch.cat([after[depth] for depth in depths], dim=-1)
+    return seen[:, 1:] if config.vision_feature_select_strategy == "default" else seen
 
 
 def build_processor(load: Any, config: Any) -> Any:

@@ -4,18 +4,22 @@ among those of Llama 3.1, which alone see it; an image is one token of the text.
 Source: transformers v5.23, models/mllama, and the reference in llama-models 0.3.0,
 llama3/multimodal/model.py.
 
-Shape letters: B rows, T tokens, I images of the row that has most, C channels (3), H and W pixels
-of a tile.
+Shape letters: B rows, T tokens, I images of the row that has most, M tiles of the row that has
+most, n images of one grid with r x c tiles, C channels (3), H and W pixels of a tile, P patches and
+the class token, D width of the tower, E width of the language model.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
+from finetune.data.packed_views import pack_views
 from finetune.data.views import Canvas, ImagePlan, Size, View
-from finetune.families.family import Family, Part, Template, ViewedRow
+from finetune.families.family import CrossEncoder, Family, Part, Template, ViewedRow
 from finetune.families.idefics2 import normalised
 from finetune.recipe import ImagesSection
 
@@ -106,7 +110,8 @@ def plan_image(
     """The tiles in reading order, black where the image does not reach.
 
     There is nothing to set: the tower always computes four tiles and the text always has one token,
-    so that showing one tile would lose pixels and save nothing.
+    so that showing one tile would lose pixels and save little: only cross-attention takes as many
+    tiles as there are.
     """
     tile_px = image_processor.size["height"]
     rows, cols = choose_grid(width_px, height_px, tile_px, image_processor.max_image_tiles)
@@ -160,6 +165,81 @@ def stack(
         "aspect_ratio_mask": tiles_BI4,
         "cross_attention_mask": seen_BTI4,
     }
+
+
+@dataclass
+class _Images:
+    """The images of a row as they travel, tiles and their grid in one: uint8 [r, c, C, H, W]."""
+
+    views: list[np.ndarray]
+
+
+def pack(rows: Sequence[ViewedRow], processor: Any, input_ids_BT: torch.Tensor) -> dict[str, Any]:
+    """Each different image once, with the tiles that it has and no others.
+
+    Gives `pixel_values`, whose groups are images of one grid [n, r, c, C, H, W] and whose order is
+    of tiles, M for each row (those that it lacks are any), and `cross_attention_mask` [B, T, 1, M];
+    or nothing where there is no image. Cross-attention knows no order of tiles but the mask, so a
+    row's stand side by side, with no room for those that its images lack.
+    """
+    num_tiles = max(len(row.views) for row in rows)
+    if not num_tiles:
+        return {}
+    packed = pack_views(list(map(_images, rows)), processor, input_ids_BT)["pixel_values"]
+    counts = [len(group[0].flatten(0, 1)) for group in packed.groups for _ in range(len(group))]
+    firsts = np.cumsum([0, *counts])
+    order_BM = torch.zeros((len(rows), num_tiles), dtype=torch.long)
+    seen_BTM = torch.zeros((*input_ids_BT.shape, num_tiles), dtype=torch.long)
+    images = iter(packed.order_N.tolist())
+    for b, row in enumerate(rows):
+        spans = spans_that_see(input_ids_BT[b].tolist(), processor.image_token_id)
+        start = 0
+        for plan, span in zip(row.plans, spans, strict=True):
+            first, count = int(firsts[next(images)]), len(plan.views)
+            order_BM[b, start : start + count] = torch.arange(first, first + count)
+            seen_BTM[b, span, start : start + count] = 1
+            start += count
+    return {
+        "pixel_values": replace(packed, order_N=order_BM.flatten()),
+        "cross_attention_mask": seen_BTM[:, :, None],
+    }
+
+
+def _images(row: ViewedRow) -> _Images:
+    tiles = iter(row.views)
+    grids = [(plan.rows or 1, plan.cols or 1) for plan in row.plans]
+    images = [np.stack([next(tiles) for _ in range(rows * cols)]) for rows, cols in grids]
+    return _Images(
+        [image.reshape(*grid, *image.shape[1:]) for image, grid in zip(images, grids, strict=True)]
+    )
+
+
+def tower(inner: Any, pixels_nrcCHW: torch.Tensor) -> torch.Tensor:
+    """What the projector takes of the tiles of images of one grid [n, r * c, P, D].
+
+    The other of the four places are computed, too, as zeros: the library's mask hides them from
+    each other alone, so that those of the image attend to them, as in training (transformers v5.23,
+    mllama/modeling_mllama.py, _prepare_aspect_ratio_attention_mask: the outer product of what is
+    padding, and of nothing else, is masked).
+    """
+    num_images, *grid = pixels_nrcCHW.shape[:3]
+    num_places, num_tiles = inner.config.vision_config.max_num_tiles, math.prod(grid)
+    tiles = pixels_nrcCHW.flatten(1, 2)
+    pixels = tiles.new_zeros((num_images, 1, num_places, *tiles.shape[2:]))
+    pixels[:, 0, :num_tiles] = tiles
+    is_tile = (torch.arange(num_places, device=tiles.device) < num_tiles).long()
+    grid_id = arrangements(num_places).index((grid[0], grid[1])) + 1
+    seen = inner.vision_model(
+        pixel_values=pixels,
+        aspect_ratio_ids=torch.full((num_images, 1), grid_id, device=tiles.device),
+        aspect_ratio_mask=is_tile.expand(num_images, 1, -1),
+    )
+    return seen.last_hidden_state[:, 0, :num_tiles]
+
+
+def connect(inner: Any, hidden_nMPD: torch.Tensor) -> torch.Tensor:
+    """Their states, tile after tile [n * r * c, P, E]."""
+    return inner.multi_modal_projector(hidden_nMPD).flatten(0, 1)
 
 
 def spans_that_see(ids: Sequence[int], image_token_id: int) -> list[slice]:
@@ -244,7 +324,10 @@ MLLAMA = Family(
     image_text=lambda processor, plan, number: IMAGE,
     num_image_tokens=lambda processor, plan: 1,
     stack=stack,
-    pack=stack,
+    pack=pack,
+    cross_encoder=CrossEncoder(
+        tower, connect, inputs=lambda given, states: {"cross_attention_states": states}
+    ),
     set_images=lambda processor, images: None,
     own_images=lambda processor: {},
     lent_template=BASE_TEMPLATE,

@@ -188,35 +188,6 @@ def _fused_dropout(
 
 
 @contextmanager
-def loss_kernels(device: Device, on_flops: Callable[[int], None]) -> Iterator[None]:
-    """TRL's loss as on `device`: on a GPU only learnt tokens are scored, and the logits of a tile
-    are turned into probabilities in place; elsewhere all tokens, with copies of the tile.
-
-    Source: trl 1.16, trl/kernels/chunked_logprob.py.
-    """
-    if device == "cpu":
-        yield
-        return
-    from trl.kernels import chunked_logprob
-
-    def in_place(*args: Any, **kwargs: Any) -> None:
-        pass
-
-    def add_product(acc: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-        on_flops(2 * a.shape[0] * a.shape[1] * b.shape[1])
-
-    with ExitStack() as stack:
-        for module, name, stand_in in (
-            ("trl.trainer.utils", "_use_triton", lambda device: True),
-            (chunked_logprob.__name__, "_forward_tile", in_place),
-            (chunked_logprob.__name__, "_backward_tile", in_place),
-            (chunked_logprob.__name__, "_addmm_fp32", add_product),
-        ):
-            stack.enter_context(patch(f"{module}.{name}", stand_in))
-        yield
-
-
-@contextmanager
 def autocast_in_modules(model: torch.nn.Module, half: torch.dtype | None) -> Iterator[None]:
     """Have torch say that autocast is on while a module of the model runs, forward or again in the
     backward pass of a checkpointed layer; the casts themselves are `Kernels`'.

@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 from finetune.errors import ModelError
 from finetune.families import FAMILIES, family_of
 from finetune.families.family import Family
+from finetune.model.attention import follow_layouts
 from finetune.model.quantize import (
     keep_weights_as_loaded,
     quantization_config,
@@ -193,6 +194,7 @@ def load_model(model: ModelSection) -> tuple[Any, Family]:
     family.adjust_model(loaded)
     if model.packed_vision:
         take_packed_views(loaded, family)
+    follow_layouts(loaded)
     return loaded, family
 
 

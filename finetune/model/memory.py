@@ -5,25 +5,26 @@ on tensors without values (`finetune.model.tracing`) is seen to hold at its heav
 """
 
 import gc
-import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
 from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
 from peft import PeftModel
-from trl.trainer.utils import add_fused_lm_head
+from torch.utils.checkpoint import checkpoint
 
 from finetune.model.adapters import require_grad_on_language_inputs_only
 from finetune.model.kernels import (
     Device,
     Kernels,
     autocast_in_modules,
-    loss_kernels,
     quantised_linear,
 )
+from finetune.model.loss import learn_from_labels
 from finetune.model.tracing import LiveBytes, counted_by_module
 
 TERMS = (
@@ -177,8 +178,7 @@ def set_up_training(adapted: Any, *, checkpointing: bool) -> None:
         for hook in getattr(base, "_require_grads_hooks", ()):
             hook.remove()
         base._require_grads_hooks = []
-    if "fused_lm_head" not in inspect.signature(base.forward, follow_wrapped=False).parameters:
-        add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
+    learn_from_labels(base)  # Liger's kernel, where the trainer takes it, holds fewer logits
 
 
 def hold_weights(live: LiveBytes, model: torch.nn.Module) -> None:
@@ -207,7 +207,7 @@ def step_memory(
     """What one step of `model`, on the meta device, takes with this batch of real tensors.
 
     The model is set up as for training: adapted, in training mode, checkpointing where it shall,
-    TRL's loss added. `term_of` gives the term of a module by its name, `half` is autocast's dtype.
+    our loss added. `term_of` gives the term of a module by its name, `half` is autocast's dtype.
     Where a step `accumulates` several batches, gradients are there when it begins, and the trainer
     holds the other batches, too. Raises `ModelError` where the model's forward cannot be followed.
     """
@@ -246,7 +246,7 @@ def step_memory(
         for parameter in trained:
             stack.callback(parameter.register_post_accumulate_grad_hook(is_gradient).remove)
         stack.enter_context(counted_by_module(live, model, term_of, lambda: kernels))
-        stack.enter_context(loss_kernels(device, added_flops))
+        stack.enter_context(_loss_counted_again(live, kernels))
         stack.enter_context(autocast_in_modules(model, half))
         stack.enter_context(live)
         live.phase = "forward"
@@ -264,6 +264,22 @@ def step_memory(
     for parameter in trained:
         parameter.grad = None
     return StepMemory({term: terms.get(term, 0) for term in TERMS}, peak_at, live.traced.flops)
+
+
+@contextmanager
+def _loss_counted_again(live: LiveBytes, kernels: Kernels) -> Iterator[None]:
+    """Meanwhile, chunks of the loss that are computed again in the backward pass run through the
+    kernels as they did before, and count as logits.
+    """
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        with live.of_term("logits"), kernels:
+            yield
+
+    counted = partial(checkpoint, context_fn=lambda: (nullcontext(), again()))
+    with patch("finetune.model.loss.checkpoint", counted):
+        yield
 
 
 def tensors_of(value: Any) -> list[torch.Tensor]:

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from finetune.model.adapters import count_parameters
+from finetune.model.attention import follow_layouts
 from finetune.model.kernels import Device
 from finetune.model.load import load_config
 from finetune.model.memory import StepMemory, quantise, set_up_training, step_memory
@@ -53,6 +54,7 @@ class PlannedModel:
         self.family.adjust_model(model)
         if recipe.model.packed_vision:
             take_packed_views(model, self.family)
+        follow_layouts(model)
         self.part_of = part_of(self.family, config)
         by_part: Counter[str] = Counter()
         for name, parameter in model.named_parameters():
@@ -73,6 +75,12 @@ class PlannedModel:
             else sum(each.numel() * each.element_size() for each in trained),
         )
         set_up_training(self.adapted, checkpointing=recipe.training.gradient_checkpointing)
+
+    @property
+    def inner(self) -> Any:
+        """The model without its head, which holds tower and connector."""
+        model = self.adapted
+        return (model.get_base_model() if hasattr(model, "peft_config") else model).model
 
     def with_training(self, recipe: Recipe) -> "PlannedModel":
         """The same weights, trained otherwise."""

@@ -1,9 +1,10 @@
 """One training step without weights: which tensors are alive when, and what they weigh.
 
 The step itself is run, on tensors of torch's meta device, which have a shape but no values: the
-model's own forward, TRL's own loss, autograd's own backward. What autograd keeps for the backward
-pass is thus not a formula of ours but what it does keep. Values are computed beside that for what
-comes of the batch alone (ids, masks, pixels), since a model may ask them how many views are real.
+model's own forward, the trainer's own loss, autograd's own backward. What autograd keeps for the
+backward pass is thus not a formula of ours but what it does keep. Values are computed beside that
+for what comes of the batch alone (ids, masks, pixels), since a model may ask them how many views
+are real.
 
 Where a kernel of the real device keeps other things than meta's, `finetune.model.kernels` says so.
 """

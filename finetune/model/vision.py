@@ -6,15 +6,21 @@ pixels, P patches, D width of the tower, L features a view, E width of the langu
 """
 
 import functools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any, cast
+from itertools import islice
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from finetune.data.packed_views import PackedViews
-from finetune.families.family import Family, ViewEncoder
+from finetune.families.family import CrossEncoder, Family, ViewEncoder
+from finetune.model.varlen import is_at_hand, views_apart
+
+Stage = Literal["tower", "connector"]
+"""The part whose output is kept: nothing up to there is trained."""
 
 MAX_PATCHES = 8192
 """Of the views that tower and connector take in one call.
@@ -24,6 +30,18 @@ again: at the width of 8B models 14,336 x 8,192 numbers of 2 bytes, three times.
 """
 
 
+class FeatureKeeper(Protocol):
+    """Keeps the features of views for later batches."""
+
+    stage: Stage
+    num_read: int
+    """Views that came with their features."""
+
+    def keep(self, keys: Sequence[str | None], features_nPD: torch.Tensor) -> torch.Tensor:
+        """Those of one call, as they will be given in their keys' place."""
+        ...
+
+
 def take_packed_views(model: Any, family: Family) -> None:
     """Let a model take `PackedViews` as `pixel_values`; the tensors of the library's own processor
     it takes as before.
@@ -31,10 +49,10 @@ def take_packed_views(model: Any, family: Family) -> None:
     The class is changed, not the object's method, so that a copy of the model uses its own weights,
     and hooks of whatever wraps the modules run as they would.
     """
-    if family.view_encoder:
+    if encoder := family.view_encoder or family.cross_encoder:
         inner = model.model
-        inner.__class__ = _with_packed_views(type(inner))
-        inner.view_encoder = family.view_encoder
+        inner.__class__ = _with_packed_views(type(inner), encoder)
+        inner.view_encoder = encoder
         # `gradient_checkpointing_enable` looks for this name, and puts the function beside it
         inner.gradient_checkpointing = False
         parts = family.parts_of(model.config)
@@ -44,9 +62,12 @@ def take_packed_views(model: Any, family: Family) -> None:
         }
 
 
-def _with_packed_views(plain: type) -> type:
+def _with_packed_views(plain: type, encoder: ViewEncoder) -> type:
     if issubclass(plain, _TakesPackedViews):
         return plain
+    if isinstance(encoder, CrossEncoder):
+        body = {"__module__": plain.__module__}
+        return type(plain.__name__, (_CrossesPackedViews, plain), body)
     # `generate` reads off the signature what to pass
     stock = cast(Any, plain).get_image_features
     method = functools.wraps(stock)(lambda self, *args, **kwargs: self.features(*args, **kwargs))
@@ -59,6 +80,7 @@ class _TakesPackedViews:
 
     view_encoder: ViewEncoder
     view_modules: dict[str, tuple[str, ...]]
+    feature_keeper: FeatureKeeper | None = None
 
     def features(self, pixel_values: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As the library's `get_image_features`; of packed views `pooler_output` has the features
@@ -71,6 +93,20 @@ class _TakesPackedViews:
         return BaseModelOutputWithPooling(pooler_output=[features_NLE.flatten(0, 1)])  # type: ignore[arg-type]
 
 
+class _CrossesPackedViews(_TakesPackedViews):
+    """The same, where cross-attention layers read the views."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the library's, with what its own modules make of the views in their place."""
+        views = kwargs.get("pixel_values")
+        if isinstance(views, PackedViews):
+            encoder = cast(CrossEncoder, self.view_encoder)
+            states = encoder.inputs(kwargs, encode_views(self, views))
+            kwargs = kwargs | {"pixel_values": None} | states
+        stock = cast(Any, super())
+        return stock.forward(*args, **kwargs)
+
+
 def encode_views(inner: Any, views: PackedViews) -> torch.Tensor:
     """The features of every view of a batch [N, L, E], in their order.
 
@@ -81,19 +117,93 @@ def encode_views(inner: Any, views: PackedViews) -> torch.Tensor:
     connect = functools.partial(encoder.connect, inner)
     if _recomputes(inner):
         connect = functools.partial(inner._gradient_checkpointing_func, connect)
+    keeper: FeatureKeeper | None = inner.feature_keeper
+    keys = iter(views.keys)
+    hidden = _hidden_of_calls(inner, views)
     features = []
-    for pixels_nCHW in views_of_calls(views, inner.config.vision_config.patch_size):
-        with in_tower():
-            hidden_nPD = encoder.tower(inner, views.normalised(pixels_nCHW).to(inner.dtype))
-        features.append(connect(hidden_nPD))
+    for given in views_of_calls(views, inner.config.vision_config.patch_size):
+        keys_n = list(islice(keys, len(given)))
+        is_known: Stage | None = None
+        if given.is_floating_point():
+            assert keeper, "kept features need the keeper that knows their stage"
+            is_known, state = keeper.stage, given.to(inner.dtype)
+            keeper.num_read += len(given)
+        else:
+            with in_tower():
+                state = next(hidden)
+            state = _kept(keeper, "tower", keys_n, state)
+        if is_known != "connector":
+            state = _kept(keeper, "connector", keys_n, connect(state))
+        features.append(state)
     return torch.cat(features)[views.order_N]
+
+
+def _kept(
+    keeper: FeatureKeeper | None, stage: Stage, keys: Sequence[str | None], features: torch.Tensor
+) -> torch.Tensor:
+    """As they will be read where these are what is kept, else as they are."""
+    if keeper and keeper.stage == stage and any(keys):
+        return keeper.keep(keys, features)
+    return features
+
+
+def _hidden_of_calls(inner: Any, views: PackedViews) -> Iterator[torch.Tensor]:
+    """What the tower makes of each call's pixels [n, P, D].
+
+    Where attention keeps views apart by itself, sizes run together, up to `MAX_PATCHES`.
+    """
+    encoder: ViewEncoder = inner.view_encoder
+    patch_size = inner.config.vision_config.patch_size
+    calls = [each for each in views_of_calls(views, patch_size) if not each.is_floating_point()]
+    pixels = (views.normalised(each).to(inner.dtype) for each in calls)
+    vision = inner.get_submodule(inner.view_modules["vision"][0])
+    if encoder.tower_of_sizes is None or _learns(inner, "vision") or not is_at_hand(vision):
+        yield from (encoder.tower(inner, each) for each in pixels)
+        return
+    lengths = [_patches_of_views(each, patch_size) for each in calls]
+    for together in _up_to(MAX_PATCHES, map(sum, lengths)):
+        with views_apart(vision, [each for i in together for each in lengths[i]]):
+            hidden = encoder.tower_of_sizes(inner, list(islice(pixels, len(together))))
+        yield from hidden
+
+
+def _up_to(most: int, sizes: Iterable[int]) -> Iterator[list[int]]:
+    """Numbers of things of these sizes, in order, as many together as are no larger than `most`, or
+    one.
+    """
+    together, total = [], 0
+    for number, size in enumerate(sizes):
+        if together and total + size > most:
+            yield together
+            together, total = [], 0
+        together.append(number)
+        total += size
+    if together:
+        yield together
+
+
+def _patches_of_views(pixels_nCHW: torch.Tensor, patch_size: int) -> list[int]:
+    """The number of patches of each of some views, or of images with their tiles."""
+    num_views, *tiles, _, height, width = pixels_nCHW.shape
+    num_patches = math.prod(tiles) * (height // patch_size) * (width // patch_size)
+    return [num_patches] * num_views
 
 
 def views_of_calls(views: PackedViews, patch_size: int) -> Iterator[torch.Tensor]:
     """The groups, cut where one holds more than `MAX_PATCHES`."""
     for group in views.groups:
-        num_patches = (group.shape[-2] // patch_size) * (group.shape[-1] // patch_size)
+        if group.is_floating_point():
+            num_patches = group.shape[1]
+        else:
+            num_patches = _patches_of_views(group, patch_size)[0]
         yield from group.split(max(MAX_PATCHES // max(num_patches, 1), 1))
+
+
+def frozen_stage(inner: Any) -> Stage | None:
+    """How far from the pixels on nothing is trained; None where something of the tower is."""
+    if _learns(inner, "vision"):
+        return None
+    return "tower" if _learns(inner, "connector") else "connector"
 
 
 def _learns(inner: Any, part: str) -> bool:

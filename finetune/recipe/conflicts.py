@@ -17,6 +17,7 @@ def conflicts(recipe: Any) -> Iterator[Problem]:
     yield from _image_conflicts(recipe)
     yield from _data_conflicts(recipe)
     yield from _adapter_conflicts(recipe)
+    yield from _cache_conflicts(recipe)
     yield from _training_conflicts(recipe)
     yield from _part_conflicts(recipe)
     yield from _optimizer_conflicts(recipe)
@@ -168,6 +169,24 @@ def _adapter_conflicts(recipe: Any) -> Iterator[Problem]:
         )
 
 
+def _cache_conflicts(recipe: Any) -> Iterator[Problem]:
+    if recipe.training.vision_cache == "off":
+        return
+    if not recipe.model.packed_vision:
+        yield _conflict(
+            "is for views at their own size; set it to off, or model.packed_vision: true",
+            "training.vision_cache",
+            "model.packed_vision",
+        )
+    if recipe.data.random_upscale > 1:
+        yield _conflict(
+            "features of pictures that data.random_upscale enlarges are never asked for again; "
+            "set one of both to off (random_upscale: 1)",
+            "training.vision_cache",
+            "data.random_upscale",
+        )
+
+
 def _training_conflicts(recipe: Any) -> Iterator[Problem]:
     training = recipe.training
     if training.epochs is not None and training.max_steps is not None:
@@ -176,6 +195,56 @@ def _training_conflicts(recipe: Any) -> Iterator[Problem]:
         )
     if training.epochs is None and training.max_steps is None:
         yield _conflict("set epochs or max_steps", "training.epochs", "training.max_steps")
+    if training.packing and training.neftune_alpha:
+        yield _conflict(
+            "the noise of neftune_alpha is scaled by the length of a sequence, which packing "
+            "changes; leave one of both out",
+            "training.packing",
+            "training.neftune_alpha",
+        )
+    adapter = recipe.adapter
+    trains_head = any(name.split(".")[-1] == "lm_head" for name in adapter.modules_to_save)
+    if (
+        training.loss_kernel == "liger"
+        and adapter.method not in ("full", "frozen")
+        and (adapter.extra_tokens or trains_head)
+    ):
+        # choose_loss_kernel refuses what wraps the head in any other way
+        yield _conflict(
+            "liger multiplies by the weight of lm_head alone, past what PEFT trains beside it for "
+            f"adapter.{'extra_tokens' if adapter.extra_tokens else 'modules_to_save'}; set auto "
+            "or torch",
+            "training.loss_kernel",
+            "adapter.extra_tokens",
+            "adapter.modules_to_save",
+            "adapter.method",
+        )
+    budgets = ("training.batch_tokens", "training.batch_patches")
+    has_budget = training.batch_tokens is not None or training.batch_patches is not None
+    if training.batch_size is not None and has_budget:
+        yield _conflict(
+            "set either batch_size, or batch_tokens and batch_patches, not both",
+            "training.batch_size",
+            *budgets,
+        )
+    if training.batch_size is None and not has_budget:
+        yield _conflict(
+            "set batch_size, or batch_tokens or batch_patches", "training.batch_size", *budgets
+        )
+    if any(source.streaming for source in recipe.data.train):
+        yield from _streamed_batches(training)
+
+
+def _streamed_batches(training: Any) -> Iterator[Problem]:
+    """Budgets, which need to know what every row costs before training."""
+    for name in ("batch_tokens", "batch_patches"):
+        if getattr(training, name):
+            yield _conflict(
+                "needs the cost of all rows before training, and streamed ones come later; "
+                "set training.batch_size, or leave streaming out",
+                f"training.{name}",
+                "data.train",
+            )
 
 
 def _part_conflicts(recipe: Any) -> Iterator[Problem]:

@@ -23,7 +23,8 @@ One YAML file says what is trained, on what, and how it is judged. Two things mu
   exclude each other and missing files are listed together, each with what to write instead.
 - **Any key can be set on the command line**, lists by number from 0:
   `finetune train mine.yaml adapter.rank=16 data.train.0.path=data/other.jsonl`.
-  Setting `training.max_steps` there replaces `training.epochs` of the file, and the reverse.
+  Setting `training.max_steps` there replaces `training.epochs` of the file, and the reverse; so do
+  `training.batch_tokens` and `batch_patches` with `batch_size`.
 - **Relative data paths** are looked up from the current folder and from the recipe's own folder.
   If these are two different files, the recipe is refused: write the path in full.
 - **Forgiven slips of YAML 1.1**: `1e-4` is a number with or without a dot, and a bare `off` or

@@ -56,13 +56,14 @@ def _without_effect(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield f"training.{name}", "with adapter.method: frozen, which trains nothing"
     if recipe.model.name == "nano" or Path(recipe.model.name).is_absolute():
         yield "model.revision", f"with model.name: {recipe.model.name}, which is not on the Hub"
-    if training.batch_size * training.gradient_accumulation == 1:
+    if training.batch_size == training.gradient_accumulation == 1:
         yield (
             "training.gradient_accumulation",
             "at 1 with batch_size: 1, and every step follows a single row; raise one of them",
         )
-    if "share_images" in training.model_fields_set and training.share_images == "auto":
-        yield "training.share_images", "in this version; rows about one picture train apart"
+    if training.group_by_cost and any(source.streaming for source in recipe.data.train):
+        yield "training.group_by_cost", "on streamed rows, whose cost is not known beforehand"
+    yield from _without_company(recipe)
     if training.scheduler == "constant":
         yield (
             "training.warmup_ratio",
@@ -77,6 +78,26 @@ def _without_effect(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield f"data.{name}", "without data.allow_urls: true"
     if not recipe.data.eval and not recipe.data.eval_fraction:
         yield "evaluation.*", "without data.eval: there are no held-out rows to judge"
+
+
+def _without_company(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """What puts rows into one sequence, where none can be."""
+    training = recipe.training
+    if training.batch_size == 1:
+        yield "training.packing", "with batch_size: 1"
+    if training.share_images == "off":
+        return
+    reasons = {
+        "with batch_size: 1": training.batch_size == 1,
+        "with model.attention: flash_attention_2, whose kernel takes no mask": (
+            recipe.model.attention == "flash_attention_2"
+        ),
+        "with data.random_upscale, which shows each row its pictures at another size": (
+            recipe.data.random_upscale > 1
+        ),
+        "with training.neftune_alpha, whose noise is each row's own": training.neftune_alpha > 0,
+    }
+    yield from (("training.share_images", why) for why, is_so in reasons.items() if is_so)
 
 
 def _doubtful_training(recipe: Recipe) -> Iterator[str]:

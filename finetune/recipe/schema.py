@@ -180,6 +180,11 @@ class DataSection(Section):
     """Show the exchanges of training rows in another order each time."""
     max_megapixels: PositiveNumber = 100
     """Larger pictures are bad rows. A small file may unpack to more than the memory holds."""
+    reduced_decode: bool = False
+    """Decode large JPEG files at a part of their size that still holds every view. Less time, and
+    pixels a little different."""
+    fast_resize: bool = False
+    """Resize with torch in place of Pillow: less time, some pixels differ by one or two of 255."""
     pdf_dpi: Annotated[int, Field(ge=18, le=1200)] = 144
     """Dots per inch at which pages of PDF files are drawn."""
     allow_outside_root: bool = False
@@ -205,8 +210,14 @@ class TrainingSection(Section):
     """Steps between two checkpoints."""
     keep_checkpoints: Count = 2
     """Newest checkpoints kept; older ones are deleted."""
-    batch_size: Count = 2
-    """Rows per device in one pass."""
+    batch_size: Count | None = 2
+    """Rows per device in one pass. Excludes batch_tokens and batch_patches."""
+    batch_tokens: Count | None = None
+    """Tokens per device in one pass, padding included: as many rows as they allow."""
+    batch_patches: Count | None = None
+    """Vision patches per device in one pass: as many rows as they allow. A picture counts once."""
+    group_by_cost: bool = True
+    """Batches of rows of like length, and steps of like work, within a shuffled window."""
     gradient_accumulation: Count = 8
     """Passes per optimizer step. The batch is batch_size x gradient_accumulation x devices."""
     learning_rate: LearningRate = 1e-4
@@ -227,12 +238,18 @@ class TrainingSection(Section):
     """Gradients are scaled down to this norm. 0 leaves them as they are."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass. Less memory, about a third more time."""
+    compile: bool = False
+    """Compile the layers of the language model with torch. The first step takes minutes more,
+    the others less."""
+    loss_kernel: Literal["auto", "torch", "liger"] = "auto"
+    """What computes head and loss. auto takes liger on a GPU, where it is installed. With liger
+    metrics.jsonl has no entropy and no mean_token_accuracy."""
     packing: bool = False
-    """Several short rows in one sequence, kept apart by the mask. Refused by this version."""
+    """Rows of a batch side by side in one sequence, kept apart by the mask, without padding."""
     vision_cache: SizeOrOff = "off"
-    """Disk space for features of a frozen vision part, such as 20GiB. Refused by this version."""
+    """Disk space for features of a frozen vision part, such as 20GiB: computed once, then read."""
     share_images: AutoOrOff = "auto"
-    """Train rows about one picture as one sequence, losses as apart. Not yet: both mean off."""
+    """auto gathers rows about one picture and trains them as one sequence; losses are as apart."""
     num_workers: Annotated[int, Field(ge=0)] = 2
     """Processes that prepare the data. 0 prepares it in the main process."""
     seed: Seed = 0
@@ -240,10 +257,14 @@ class TrainingSection(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _max_steps_for_epochs(cls, value: Any) -> Any:
-        """The default of epochs steps aside where max_steps is given."""
-        if isinstance(value, dict) and value.get("max_steps") is not None:
-            return {"epochs": None} | value
+    def _defaults_step_aside(cls, value: Any) -> Any:
+        """That of epochs where max_steps is given, that of batch_size where a budget is."""
+        if not isinstance(value, dict):
+            return value
+        if value.get("max_steps") is not None:
+            value = {"epochs": None} | value
+        if any(value.get(budget) is not None for budget in ("batch_tokens", "batch_patches")):
+            value = {"batch_size": None} | value
         return value
 
     @property

@@ -7,10 +7,13 @@ import yaml
 
 from finetune.recipe.messages import Problem, in_words
 
-# Setting one of these on the command line takes the place of the other one in the file.
-ALTERNATIVES: dict[tuple[str, ...], str] = {
-    ("training", "max_steps"): "epochs",
-    ("training", "epochs"): "max_steps",
+# Setting one of these on the command line takes the place of the others in the file.
+ALTERNATIVES: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("training", "max_steps"): ("epochs",),
+    ("training", "epochs"): ("max_steps",),
+    ("training", "batch_size"): ("batch_tokens", "batch_patches"),
+    ("training", "batch_tokens"): ("batch_size",),
+    ("training", "batch_patches"): ("batch_size",),
 }
 
 
@@ -81,12 +84,10 @@ def apply_overrides(raw: Any, overrides: Sequence[str]) -> list[Problem]:
             problems += [Problem(key, f"the value after '=': {problem}") for problem in wrong]
         elif refusal := _set(raw, key, value):
             problems.append(Problem(key, refusal))
-        elif (
-            (other := ALTERNATIVES.get(key[:2]))
-            and (key[0], other) not in keys
-            and value is not None
-        ):
-            raw[key[0]].pop(other, None)
+        elif value is not None:
+            for other in ALTERNATIVES.get(key[:2], ()):
+                if (key[0], other) not in keys:
+                    raw[key[0]].pop(other, None)
     return problems
 
 
