@@ -1,13 +1,14 @@
 # make quickstart   installs into .venv, trains, judges, reports
 # make test         installs what is missing, runs the fast tests (test-slow: the others)
 # make check        format, lint, types, generated files
+# make bench        training here and by plain TRL, into docs/performance.md; about an hour
 
 PYTHON ?= python3
 BIN := .venv/bin
 # Two test processes of one thread each use two cores better than one of two
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
 
-.PHONY: quickstart install dev test test-slow check docs clean
+.PHONY: quickstart install dev test test-slow check bench docs clean
 
 quickstart: install
 	$(BIN)/finetune train recipes/quickstart.yaml --overwrite
@@ -43,6 +44,10 @@ check: dev
 	$(BIN)/pyright
 	$(BIN)/python -m finetune.recipe.docs --check
 	$(BIN)/python -m scripts.bad_rows_table --check
+
+# Seconds are compared, so nothing else should run meanwhile
+bench: dev
+	$(BIN)/python -m scripts.bench_train --out docs/performance.md --results docs/performance.json
 
 docs: dev
 	$(BIN)/python -m finetune.recipe.docs
