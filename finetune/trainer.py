@@ -307,7 +307,7 @@ def training_arguments(recipe: Recipe, run: RunDir, *, num_eval_rows: int) -> SF
     # A bfloat16 base on a GPU computes its float32 adapters under autocast; on a CPU autocast gains
     # nothing, unless whole modules are trained: only autocast lets float32 meet the base's dtype
     half = recipe.model.dtype if on_gpu or mixes_dtypes(recipe) else None
-    return SFTConfig(
+    arguments = SFTConfig(
         output_dir=str(run.checkpoints),
         use_cpu=not on_gpu,
         bf16=half == "bfloat16",
@@ -347,3 +347,7 @@ def training_arguments(recipe: Recipe, run: RunDir, *, num_eval_rows: int) -> SF
         report_to=list(recipe.output.trackers) or "none",
         disable_tqdm=True,  # the progress display is ours
     )
+    # One process computes on one card: the library would else share each batch out over all that it
+    # sees (DataParallel), which splits tensors and gives every card all views
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments

@@ -18,10 +18,10 @@ from finetune.train import epoch_batches, prepare, train
 from tests.conftest import chat_row, noise, write_rows
 
 SETTINGS: dict[str, list[str]] = {
-    "tokens": ["batch_tokens=400"],
-    "patches": ["batch_patches=60", "share_images=off", "group_by_cost=false"],
-    "rows of one picture": ["batch_size=3"],
-    "packed": ["batch_tokens=400", "packing=true"],
+    "tokens": ["batch_tokens=400", "group_by_cost=true"],
+    "patches": ["batch_patches=60", "share_images=off"],
+    "rows of one picture": ["batch_size=3", "group_by_cost=true"],
+    "packed": ["batch_tokens=400", "packing=true", "group_by_cost=true"],
 }
 
 

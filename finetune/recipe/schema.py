@@ -216,8 +216,9 @@ class TrainingSection(Section):
     """Tokens per device in one pass, padding included: as many rows as they allow."""
     batch_patches: Count | None = None
     """Vision patches per device in one pass: as many rows as they allow. A picture counts once."""
-    group_by_cost: bool = True
-    """Batches of rows of like length, and steps of like work, within a shuffled window."""
+    group_by_cost: bool = False
+    """Batches of rows of like length, and steps of like work, within a shuffled window. Not where
+    length tells the answer."""
     gradient_accumulation: Count = 8
     """Passes per optimizer step. The batch is batch_size x gradient_accumulation x devices."""
     learning_rate: LearningRate = 1e-4
