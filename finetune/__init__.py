@@ -27,7 +27,7 @@ on that line, and from any line above it in this list; never from a line below.
     data.collate  data.streaming
     model  model.parts  model.compiling  model.quantize  model.varlen  model.vision
     model.attention  model.load
-    model.vocabulary  model.vision_cache  model.adapters  model.pissa  model.methods
+    model.vocabulary  model.vision_cache  model.adapters  model.lora  model.pissa  model.methods
     model.optimizer  model.generate  model.loss
     model.tracing  model.kernels  model.memory  model.planned
     metrics.text  metrics
@@ -35,7 +35,7 @@ on that line, and from any line above it in this list; never from a line below.
     charts  report
     checking  check_page  preview_page
     findings  callbacks  trainer
-    judging  preparation  cache_plan  planning  fitting
+    judging  preparation  vision_cache_plan  planning  fitting
     requirements  resuming
     tables
     train  evaluate  chat  check  preview  convert  plan

@@ -11,6 +11,7 @@ from finetune.errors import DataError, ModelError
 from finetune.model.planned import PlannedModel
 from finetune.planning import Planner, needed_bytes
 from finetune.recipe import ImagesSection, Recipe, TrainingSection
+from finetune.vision_cache_plan import seeing_features
 
 Settings = Mapping[str, Any]
 """Values by dotted name."""
@@ -133,8 +134,11 @@ class _Peaks:
             peak = 0
             limits = Batching.of_recipe(changed.training).limits
             for numbers in planner.rows.heaviest(limits):
-                memory = planner.batch(numbers).memory
-                peak = max(peak, needed_bytes(memory, planner.device))
+                with seeing_features(planner.model) as shapes:
+                    memories = [planner.batch(numbers).memory]
+                if shapes and changed.training.vision_cache != "off":
+                    memories.append(planner.batch(numbers, features=shapes[0]).memory)
+                peak = max(peak, *(needed_bytes(each, planner.device) for each in memories))
                 if peak > self.limit_bytes:
                     break
         except (DataError, ModelError):  # such as image settings that the model has no use for

@@ -15,13 +15,6 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from finetune.cache_plan import (
-    CachePlan,
-    FeatureShape,
-    KeepsNothing,
-    seeing_features,
-    shares_shown_first,
-)
 from finetune.data.collate import Collator
 from finetune.data.examples import Encoder, RowCounts
 from finetune.data.gathering import Limits, RowSizes
@@ -32,8 +25,22 @@ from finetune.errors import DataError
 from finetune.model.kernels import Device
 from finetune.model.memory import StepMemory, tensors_of
 from finetune.model.planned import Parameters, PlannedModel
-from finetune.preparation import cache_of, load_encoder, open_streams, prepare_rows, row_sizes
+from finetune.preparation import (
+    cache_of,
+    first_pictures,
+    load_encoder,
+    open_streams,
+    prepare_rows,
+    row_sizes,
+)
 from finetune.recipe import Recipe, TrainingSection
+from finetune.vision_cache_plan import (
+    CachePlan,
+    FeatureShape,
+    KeepsNothing,
+    seeing_features,
+    shares_shown_first,
+)
 
 # What the driver and CUDA's own libraries hold on a card beside torch's tensors. It differs between
 # cards and versions; `scripts/bench_gpu.py` reports it as the difference to what the card says.
@@ -57,6 +64,8 @@ class RowCosts:
     """What batches are made by; from `counts` where it is left out."""
     shown_first: np.ndarray | None = None
     """Of each row's pictures the share that no row before shows."""
+    first_pictures: np.ndarray | None = None
+    """A key of each row's first picture, 0 for none."""
 
     def mean(self) -> dict[str, float]:
         """Of each cost, a row."""
@@ -75,7 +84,10 @@ class RowCosts:
         """
         table = self._table()
         alike: dict[tuple[Any, ...], list[int]] = {}
-        for batch in heaviest_batches(self.sizes or RowSizes.of_counts(self.counts), limits):
+        sizes = self.sizes or RowSizes.of_counts(self.counts)
+        if self.first_pictures is not None:  # a batch encodes a picture once, whoever asks
+            sizes = sizes.telling_pictures(self.first_pictures)
+        for batch in heaviest_batches(sizes, limits):
             alike.setdefault(tuple(map(tuple, table[sorted(batch)].tolist())), batch)
         return [self._first(np.array(batch), limits.rows or len(batch)) for batch in alike.values()]
 
@@ -314,7 +326,8 @@ def count_rows(recipe: Recipe, encoder: Encoder, console: Console) -> RowCosts:
         spans, sizes = train.spans(), row_sizes(recipe, encoder, train)
         an_epoch = len(EpochSampler(spans, recipe.training.seed))
         shown_first = shares_shown_first(train)
-        return RowCosts(train.rows, train.counts, an_epoch, spans, sizes, shown_first)
+        first = first_pictures(train)
+        return RowCosts(train.rows, train.counts, an_epoch, spans, sizes, shown_first, first)
     streams = open_streams(recipe, cache, console)
     each = [itertools.islice(s.iterate(), STREAMED_ROWS // len(streams) + 1) for s in streams]
     rows = [row for _, row in itertools.chain(*each) if isinstance(row, Row)]
@@ -326,4 +339,6 @@ def count_rows(recipe: Recipe, encoder: Encoder, console: Console) -> RowCosts:
     counts = np.zeros(len(usable), [(name, np.int64) for name in _COSTS])
     for number, (_, found) in enumerate(usable):
         counts[number] = tuple(getattr(found, name) for name in _COSTS)
-    return RowCosts([row for row, _ in usable], counts, None)
+    keys = [found.image_keys[0] if found.image_keys else 0 for _, found in usable]
+    first = np.array(keys, np.uint64)
+    return RowCosts([row for row, _ in usable], counts, None, first_pictures=first)

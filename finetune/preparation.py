@@ -198,17 +198,22 @@ def row_sizes(recipe: Recipe, encoder: Encoder, prepared: PreparedRows) -> RowSi
         return RowSizes.of_counts(prepared.counts, patch_px=patch_px)
     processor = encoder.processor
     plan = family.plan_image(480, 360, encoder.images, processor.image_processor)
+    return RowSizes.of_counts(
+        prepared.counts,
+        patch_px=patch_px,
+        picture_keys=first_pictures(prepared),
+        tokens_a_view=family.num_image_tokens(processor, plan) // len(plan.views),
+    )
+
+
+def first_pictures(prepared: PreparedRows) -> np.ndarray:
+    """The key of each row's first picture, 0 for none [N]."""
     examination = prepared.examination
     num_images = examination.counts["num_images"].astype(np.int64)
     with_images = np.flatnonzero(num_images)
     first = np.zeros(len(num_images), np.uint64)
     first[with_images] = examination.image_keys[(np.cumsum(num_images) - num_images)[with_images]]
-    return RowSizes.of_counts(
-        prepared.counts,
-        patch_px=patch_px,
-        picture_keys=first[prepared.rows.numbers],
-        tokens_a_view=family.num_image_tokens(processor, plan) // len(plan.views),
-    )
+    return first[prepared.rows.numbers]
 
 
 def gathers_pictures(recipe: Recipe, family: Family) -> bool:

@@ -25,6 +25,7 @@ from finetune.data.streaming import ExampleStream, Position, StreamCollator
 from finetune.errors import RunDirError
 from finetune.model.adapters import require_grad_on_language_inputs_only
 from finetune.model.compiling import compiled_layers
+from finetune.model.lora import add_in_place
 from finetune.model.loss import choose_loss_kernel, learn_from_labels, num_learnt
 from finetune.model.methods import load_checkpoint, mixes_dtypes
 from finetune.model.optimizer import (
@@ -96,6 +97,7 @@ class VisionSFTTrainer(SFTTrainer):
             base, recipe.training.loss_kernel if recipe else "auto"
         )
         learn_from_labels(base, self.loss_kernel)  # after TRL put its own fused head there
+        add_in_place(base)
         for parameter in self.model.parameters():  # type: ignore[union-attr, operator]
             # TRL makes the adapters of a quantised base bfloat16, in which small steps are lost
             if parameter.requires_grad:

@@ -6,16 +6,13 @@ prints one line of JSON. `scripts.bench_train` calls it, a process a training, s
 what another left in memory.
 """
 
-import ctypes
-import gc
 import json
 import sys
 import tempfile
-import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -29,7 +26,6 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     PrinterCallback,
-    TrainerCallback,
 )
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling, SFTTrainer
@@ -40,6 +36,7 @@ from finetune.families.idefics2 import PARTS
 from finetune.model.load import quiet_libraries
 from finetune.model.parts import target_pattern
 from finetune.recipe import load_recipe
+from scripts.bench_clocks import Clock, Figures, peak_memory, tensor_memory
 from scripts.mid_model import LONGEST_EDGE_PX, SHORTEST_EDGE_PX
 
 RANK = 8
@@ -66,33 +63,11 @@ class Job:
     """Keys of the recipe, with a dot, that differ from its defaults. For ours alone."""
     without: tuple[str, ...] = ()
     """Names in `TAKEN_OUT`. For ours alone."""
+    tensors: bool = False
+    """Whether tensors are counted, byte by byte; that takes time."""
     told: str = ""
     """A file to which ours writes which rows it trained and what it learnt of each, and which stock
     then follows."""
-
-
-@dataclass
-class Figures:
-    """What it took. Seconds are of all steps, from the loading of the first batch on."""
-
-    samples: int = 0
-    seconds: float = 0.0
-    cpu_seconds: float = 0.0
-    step_seconds: list[float] = field(default_factory=list)
-    weights_mib: float = 0.0
-    """Resident set just before the first step, weights read in."""
-    peak_mib: float = 0.0
-    """The most there was during the steps."""
-    losses: list[float] = field(default_factory=list)
-    tokens: int = 0
-    """Places that the language model computed, padding included."""
-    pixels: int = 0
-    """Pixels that the vision tower computed, padding included."""
-    num_rows: int = 0
-    row_tokens: int = 0
-    row_pixels: int = 0
-    """What the rows themselves hold, those of an epoch together; of ours alone."""
-    trainable: int = 0
 
 
 # What has no key in a recipe, and what to put in its place to see what it is worth
@@ -109,6 +84,7 @@ TAKEN_OUT: dict[str, dict[str, Any]] = {
     "loss of learnt tokens alone": {
         "finetune.trainer.learn_from_labels": lambda model, kernel: None,
     },
+    "LoRA added in place": {"finetune.trainer.add_in_place": lambda model: None},
 }
 
 
@@ -126,7 +102,7 @@ def run_ours(job: Job, folder: Path) -> Figures:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe_of(job, folder)))
     recipe, quiet = load_recipe(path), Console(quiet=True)
-    trainer = clocked(finetune.train.VisionSFTTrainer, figures, told=job.told)
+    trainer = clocked(finetune.train.VisionSFTTrainer, figures, job)
     with ExitStack() as stack:
         stack.enter_context(patch("finetune.train.VisionSFTTrainer", trainer))
         for name in job.without:
@@ -186,7 +162,7 @@ def run_stock(job: Job, folder: Path) -> Figures:
     rows = read_rows(Path(job.rows))
     if told:
         rows = [rows[number] | {"row": number} for number in told["order"]]
-    trainer: Any = clocked(SFTTrainer, figures)(
+    trainer: Any = clocked(SFTTrainer, figures, replace(job, told=""))(
         model=AutoModelForImageTextToText.from_pretrained(job.model, dtype=torch.float32),
         processing_class=processor,
         train_dataset=Dataset.from_list(rows).cast_column("images", List(Image())),
@@ -274,7 +250,7 @@ class _StepsTaken(Exception):  # noqa: N818 - nothing went wrong
     """Ends a training whose figures are complete, before it saves and judges."""
 
 
-def clocked(trainer_class: type, figures: Figures, *, told: str = "") -> type:
+def clocked(trainer_class: type, figures: Figures, job: Job) -> type:
     """A trainer that fills in the figures and ends with the last step."""
 
     class Clocked(trainer_class):
@@ -288,19 +264,19 @@ def clocked(trainer_class: type, figures: Figures, *, told: str = "") -> type:
                 figures.num_rows = len(counts)
                 figures.row_tokens = sum(each.num_tokens for each in counts)
                 figures.row_pixels = sum(each.num_view_pixels for each in counts)
-            if told:
+            if job.told:
                 self.data_collator = TellingCollator(self.data_collator)
             clock = Clock()
             self.add_callback(clock)
             for parameter in self.model.parameters():
                 # weights are mapped from their file and read in at first use
                 parameter.detach().sum().item()
-            with peak_memory(figures):
+            with peak_memory(figures), tensor_memory(figures) if job.tensors else nullcontext():
                 super().train(*args, **kwargs)
             clock.fill_in(figures)
             figures.samples = getattr(self, "num_samples_seen", figures.samples)
-            if told:
-                self.data_collator.write(Path(told))
+            if job.told:
+                self.data_collator.write(Path(job.told))
             raise _StepsTaken
 
         def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kw: Any) -> Any:
@@ -336,31 +312,6 @@ def start_adapters(model: Any) -> None:
                 parameter.uniform_(-bound, bound, generator=generator)
 
 
-class Clock(TrainerCallback):
-    """Time before the first step and after each one, the loading of its batch included."""
-
-    def __init__(self) -> None:
-        self.wall: list[float] = []
-        self.cpu: list[float] = []
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._tick()
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self._tick()
-
-    def _tick(self) -> None:
-        self.wall.append(time.perf_counter())
-        self.cpu.append(time.process_time())
-
-    def fill_in(self, figures: Figures) -> None:
-        """What was measured."""
-        figures.seconds = self.wall[-1] - self.wall[0]
-        figures.cpu_seconds = self.cpu[-1] - self.cpu[0]
-        pairs = zip(self.wall, self.wall[1:], strict=False)
-        figures.step_seconds = [round(after - before, 4) for before, after in pairs]
-
-
 class TellingCollator:
     """A collator that remembers which rows it was asked for."""
 
@@ -383,26 +334,6 @@ class TellingCollator:
             for each in examples
         ]
         path.write_text(json.dumps({"order": self.order, "examples": told}))
-
-
-@contextmanager
-def peak_memory(figures: Figures) -> Iterator[None]:
-    """Fill in the resident set before, and its peak meanwhile; nothing where there is no /proc."""
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not status.exists():
-        yield
-        return
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what loading left free is not the training's
-    reset.write_text("5")
-    figures.weights_mib = _resident(status, "VmRSS")
-    yield
-    figures.peak_mib = _resident(status, "VmHWM")
-
-
-def _resident(status: Path, name: str) -> float:
-    lines = status.read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def main() -> None:

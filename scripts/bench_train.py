@@ -13,15 +13,12 @@ import argparse
 import gc
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +29,7 @@ from finetune.data.gathering import Limits, RowSizes
 from finetune.data.sampling import Batching, EpochBatches, EpochSampler
 from finetune.errors import FinetuneError
 from scripts.bench_page import PARTS, write_page
+from scripts.bench_results import Results, machine
 from scripts.bench_sides import Job, run
 from scripts.mid_model import KINDS, MID, TINY, Build, save_model, shares_table, write_rows
 
@@ -71,7 +69,7 @@ FULL = Scale(
     repeats={4: 3},
     item_rows=8,
     item_batch_size=4,
-    item_repeats=2,
+    item_repeats=1,
     pictures=(1, 2, 4, 8),
     edges_px=(378, 490, 686, 980),
     num_rows=(1_000, 10_000, 100_000, 1_000_000),
@@ -114,6 +112,7 @@ ITEMS = (
             "no gradient through a frozen tower",
             "connector computed again, not kept",
             "loss of learnt tokens alone",
+            "LoRA added in place",
         )
     ),
     Item("batches by cost", on={"training.group_by_cost": True}),
@@ -195,6 +194,10 @@ class Bench:
                     for side in ("stock", "ours"):
                         job = self.job(side, rows, batch_size, seed=repeat)
                         yield Work("main", name, side, repeat, job)
+            if scale.item_batch_size in batch_sizes:
+                for side in ("stock", "ours"):
+                    job = self.job(side, rows, scale.item_batch_size, max_steps=1, tensors=True)
+                    yield Work("main", name, f"{side}, tensors", 0, job)
         rows = self.set("mixed", scale.item_rows)
         for side in ("stock", "ours") if scale.item_batch_size in batch_sizes else ():
             job = self.job(side, rows, scale.item_batch_size, epochs=3, settings=CACHE)
@@ -314,43 +317,6 @@ def measure_epoch(num_rows: int, threads: int) -> dict[str, Any]:
         "plain_seconds": seconds[0],
         "gathered_seconds": seconds[1],
     }
-
-
-def machine(threads: int) -> str:
-    """What it ran on, and when."""
-    packages = ("torch", "transformers", "trl", "peft")
-    versions = ", ".join(f"{name} {version(name)}" for name in packages)
-    return (
-        f"{_processor()}, {os.cpu_count()} cores, {threads} used; Python "
-        f"{platform.python_version()}, {versions}; {date.today()}"
-    )
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-class Results:
-    """Records of all parts in one file, written after each."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.records: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
-
-    def drop(self, keys: Sequence[Mapping[str, Any]]) -> None:
-        """Forget what is to be measured again."""
-        self.records = [
-            each for each in self.records if not any(key.items() <= each.items() for key in keys)
-        ]
-
-    def add(self, record: dict[str, Any]) -> None:
-        """Keep a record."""
-        self.records.append(record)
-        lines = ",\n".join(map(json.dumps, self.records))
-        self.path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -22,7 +22,7 @@ from finetune.planning import Planner, RowCosts
 from finetune.recipe import load_recipe
 from finetune.tables import messages_console, results_console
 from scripts.bench_memory import peak_above
-from tests.conftest import write_dataset
+from tests.conftest import chat_row, noise, write_dataset, write_rows
 
 FINETUNE = str(Path(sys.executable).parent / "finetune")
 
@@ -315,6 +315,29 @@ def test_streamed_rows_are_planned_from_the_first_ones(nano_recipe: Path) -> Non
     assert result.plan.is_streamed
     assert result.plan.steps == 7
     assert result.plan.worst.memory.peak_bytes > 0
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("share_images", ["auto", "off"])
+def test_the_heaviest_batch_shows_different_pictures(
+    dataset: Callable[..., Path], streaming: bool, share_images: str
+) -> None:
+    """A batch encodes a picture once, so that four questions about the largest are no heavy one."""
+    recipe_file = dataset(training={"batch_size": 2, "max_steps": 3, "share_images": share_images})
+    folder = recipe_file.parent
+    lines = []
+    for number, edge in enumerate((220, 220, 220, 200)):
+        file = f"page-{edge}.png"
+        noise(edge, edge, seed=edge).save(folder / file)
+        lines.append(chat_row("Which?", f"{number}", file))
+    path = folder / "pages.jsonl"
+    write_rows(path, lines)
+    entry = f"[{{path: {path}, streaming: {str(streaming).lower()}}}]"
+    recipe = load_recipe(str(recipe_file), [f"data.train={entry}"])
+    planner = Planner.of_recipe(recipe, messages_console(), "cpu")
+    pixels = planner.rows.counts["num_view_pixels"]
+    for numbers in planner.rows.heaviest(Limits(2)):
+        assert len({int(pixels[each]) for each in numbers}) == 2
 
 
 def test_planning_touches_no_weight(nano_recipe: Path) -> None:

@@ -274,7 +274,7 @@ def test_pixels_travel_as_bytes(encoder: Encoder, tmp_path: Path) -> None:
 
 
 def test_groups_are_cut_at_the_most_patches_of_a_call() -> None:
-    views = [np.full((3, 700, 700), i, np.uint8) for i in range(8)]  # 2,500 patches each
+    views = [np.full((3, 490, 490), i, np.uint8) for i in range(8)]  # 1,225 patches each
     row = Example("row", [], [], views)
     image_processor = type(
         "P", (), {"rescale_factor": 1 / 255, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
@@ -282,7 +282,7 @@ def test_groups_are_cut_at_the_most_patches_of_a_call() -> None:
     processor = type("Q", (), {"image_processor": image_processor})
     packed = pack_views([row], processor, torch.zeros(0))["pixel_values"]
     calls = [len(call) for call in views_of_calls(packed, patch_size=14)]
-    assert calls == [MAX_PATCHES // 2500] * 2 + [8 - 2 * (MAX_PATCHES // 2500)]
+    assert calls == [MAX_PATCHES // 1225] * 2 + [8 - 2 * (MAX_PATCHES // 1225)]
 
 
 def learnt(parts: tuple[Any, ...], batch: dict[str, Any]) -> tuple[Any, list[bool], int]:

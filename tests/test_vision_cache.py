@@ -21,7 +21,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from finetune.data import pictures
 from finetune.data.collate import collate
 from finetune.data.examples import Encoder
-from finetune.data.packed_views import KeyedView, PackedViews, pack_views, view_key
+from finetune.data.packed_views import (
+    KeyedView,
+    PackedViews,
+    normalised,
+    pack_views,
+    view_key,
+)
 from finetune.data.pictures import Shortcuts
 from finetune.data.sequences import Layouting
 from finetune.data.sources import Row
@@ -87,7 +93,7 @@ def test_what_is_read_is_what_the_frozen_part_gives_rounded_to_bfloat16(
     expected = []
     with torch.no_grad():
         for group in views.groups:
-            features = frozen.tower(inner, views.normalised(group))
+            features = frozen.tower(inner, normalised(group, views))
             if "connector" not in parts:
                 features = frozen.connect(inner, features)
             expected.append(features.to(torch.bfloat16))

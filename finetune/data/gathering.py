@@ -42,18 +42,23 @@ class RowSizes:
         patches = counts["num_view_pixels"].astype(np.int64) // patch_px**2
         if picture_keys is None:
             return cls(tokens, patches)
-        _, pictures = np.unique(picture_keys, return_inverse=True)
-        alone = np.flatnonzero(picture_keys == 0)
-        pictures[alone] = len(counts) + alone
         single = counts["num_images"] == 1
         in_text = np.where(single, counts["num_views"].astype(np.int64) * tokens_a_view, 0)
         return cls(
             tokens,
             patches,
-            pictures,
+            _numbered(picture_keys),
             np.minimum(in_text, tokens),
             np.where(single, patches, 0),
         )
+
+    def telling_pictures(self, picture_keys: np.ndarray) -> "RowSizes":
+        """The same, with rows of one picture known even if they are not gathered; then nothing
+        counts as shared.
+        """
+        if self.pictures is not None:
+            return self
+        return RowSizes(self.tokens, self.patches, _numbered(picture_keys))
 
     def of_rows(self, rows_n: np.ndarray) -> "RowSizes":
         """The lines of these rows, in their order."""
@@ -76,6 +81,14 @@ class RowSizes:
             summed(self.tokens, self.shared_tokens),
             summed(self.patches, self.shared_patches),
         )
+
+
+def _numbered(picture_keys: np.ndarray) -> np.ndarray:
+    """The same number for rows of one key; a number of its own for each row without, 0."""
+    _, pictures = np.unique(picture_keys, return_inverse=True)
+    alone = np.flatnonzero(picture_keys == 0)
+    pictures[alone] = len(picture_keys) + alone
+    return pictures
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,8 @@ def view_key(view: "np.ndarray | KeyedView") -> Hashable:
 class PackedViews:
     """Stands in a batch where the library has `pixel_values`.
 
-    `groups` are views of one size each, uint8 [n, C, H, W], or the features that a vision cache
+    `groups` are views of one size each, uint8 [n, C, H, W], of Llama 3.2 pictures of
+    one grid of r x c tiles, uint8 [n, r, c, C, H, W], or the features that a vision cache
     has of them, bfloat16 [n, P, D]. `order_N` is the place of each view of the batch among those of
     all groups, one after the other; one place may come several times. `keys` [V] name the views
     whose features the cache is to keep, and is empty where there is none.
@@ -70,8 +71,8 @@ class PackedViews:
     groups: tuple[torch.Tensor, ...]
     order_N: torch.Tensor
     rescale_factor: float
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
     keys: tuple[str | None, ...] = ()
 
     def __len__(self) -> int:
@@ -90,21 +91,32 @@ class PackedViews:
         """In memory that a GPU reads by itself; torch's DataLoader looks for this."""
         return self._mapped(lambda tensor: tensor.pin_memory())
 
-    def on_meta(self) -> "PackedViews":
-        """Without values, for a step that is followed and not computed."""
-        return self.to("meta")
-
     def _mapped(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "PackedViews":
         groups = tuple(map(move, self.groups))
         return replace(self, groups=groups, order_N=move(self.order_N))
 
-    def normalised(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
-        """Views as the vision tower takes them, float32, computed where they are."""
-        mean, std = (
-            torch.tensor(values, device=pixels_NCHW.device).view(3, 1, 1)
-            for values in (self.mean, self.std)
-        )
-        return (pixels_NCHW.float() * self.rescale_factor - mean) / std
+
+class Normalisation(Protocol):
+    """What an image processor knows of it, too: a factor for bytes, and by channel what is taken
+    away and what the rest is divided by.
+    """
+
+    @property
+    def rescale_factor(self) -> float: ...
+    @property
+    def image_mean(self) -> Sequence[float]: ...
+    @property
+    def image_std(self) -> Sequence[float]: ...
+
+
+def normalised(pixels: np.ndarray | torch.Tensor, by: Normalisation) -> torch.Tensor:
+    """Bytes [..., C, H, W] as a vision tower takes them, float32, computed where they are."""
+    pixels = torch.as_tensor(pixels)
+    mean, std = (
+        torch.tensor(values, device=pixels.device).view(3, 1, 1)
+        for values in (by.image_mean, by.image_std)
+    )
+    return (pixels.float() * by.rescale_factor - mean) / std
 
 
 def pack_views(
@@ -122,8 +134,8 @@ def pack_views(
         groups=tuple(map(_stacked, groups.values())),
         order_N=torch.tensor([starts[group] + place for group, place in places]),
         rescale_factor=image_processor.rescale_factor,
-        mean=tuple(image_processor.image_mean),
-        std=tuple(image_processor.image_std),
+        image_mean=tuple(image_processor.image_mean),
+        image_std=tuple(image_processor.image_std),
         keys=keys if any(keys) else (),
     )
     return {"pixel_values": packed}

@@ -31,6 +31,7 @@ from finetune.rundir import write_text
 
 SUFFIX = ".safetensors"
 MAX_WAITING = 16  # views, of 11 MB for the largest of Idefics2
+_NUM_WRITERS = 4  # digests and files leave the interpreter to others
 _NAME = re.compile(rf"([0-9a-f]{{32}})-(\d+)x(\d+)-[0-9a-f]{{32}}{re.escape(SUFFIX)}")
 # Files that a killed process left unfinished are taken away when they are this old
 _UNFINISHED_SECONDS = 24 * 3600
@@ -115,7 +116,7 @@ def _digest(features_PD: torch.Tensor) -> str:
 
 
 class CacheWriter:
-    """Writes views to a cache that several processes write to, in a thread of its own.
+    """Writes views to a cache that several processes write to, in threads of its own.
 
     All files in `root` together are never more than `limit_bytes`; each process has one more on its
     way. Where there is no room, the files go that were unused for longest, but none that was used
@@ -139,10 +140,13 @@ class CacheWriter:
         self.num_kept = 0
         self.is_full = False
         self._fault: Exception | None = None
-        self._lock = FileLock(cache.root / ".lock")
+        self._lock = FileLock(cache.root / ".lock")  # between threads as well
+        self._counting = threading.Lock()
         self._total = cache.root / ".total"
         self._waiting: queue.Queue[tuple[str, torch.Tensor] | None] = queue.Queue(MAX_WAITING)
-        self._thread = threading.Thread(target=self._write_all, daemon=True)
+        self._threads = [
+            threading.Thread(target=self._write_all, daemon=True) for _ in range(_NUM_WRITERS)
+        ]
         self._started_ns = 0
         try:
             self._started_ns = self._now_ns()
@@ -150,7 +154,8 @@ class CacheWriter:
                 self._make_room(0)  # the limit may have been larger before
         except OSError as error:
             self._give_up(error)
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def put(self, key: str, features_PD: torch.Tensor) -> None:
         """Have a view's features written, bfloat16, from any device; waits while the writer is far
@@ -185,11 +190,13 @@ class CacheWriter:
         self._waiting.join()
 
     def close(self) -> None:
-        """Write what still waits, and end the thread. Raises what went wrong there for no reason
+        """Write what still waits, and end the threads. Raises what went wrong there for no reason
         of the disk's.
         """
-        self._waiting.put(None)
-        self._thread.join()
+        for _ in self._threads:
+            self._waiting.put(None)
+        for thread in self._threads:
+            thread.join()
         if self._fault:
             raise self._fault
 
@@ -209,8 +216,10 @@ class CacheWriter:
 
     def _write_one(self, key: str, features_PD: torch.Tensor) -> None:
         try:
-            self.is_full = not self.write(key, features_PD)
-            self.num_kept += not self.is_full
+            is_kept = self.write(key, features_PD)
+            with self._counting:
+                self.is_full |= not is_kept
+                self.num_kept += is_kept
         except OSError as error:
             self._give_up(error)
 
@@ -218,7 +227,10 @@ class CacheWriter:
         return self.is_full or self._fault is not None
 
     def _give_up(self, error: OSError) -> None:
-        self.is_full = True
+        with self._counting:
+            is_told, self.is_full = self.is_full, True
+        if is_told:
+            return
         self.on_problem(
             f"vision cache: {self.cache.root} cannot be written to ({error.strerror or error}); "
             "training goes on, and computes what is not kept"

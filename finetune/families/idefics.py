@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from finetune.data.packed_views import HasViews, pack_views
+from finetune.data.packed_views import HasViews, normalised, pack_views
 from finetune.data.views import ImagePlan, View
 from finetune.families.family import CrossEncoder, Family, Part, Template, ViewedRow
-from finetune.families.idefics2 import FAKE, IMAGE, normalised
+from finetune.families.idefics2 import FAKE, IMAGE
 from finetune.recipe import ImagesSection
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj")

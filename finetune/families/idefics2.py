@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from finetune.data.packed_views import normalised
 from finetune.data.views import Box, ImagePlan, Size, View
 from finetune.errors import DataError
 from finetune.families.family import Family, Part, Template, ViewedRow, ViewEncoder
@@ -170,16 +171,11 @@ def stack_padded_views(
     for i, row in enumerate(views):
         for n, view in enumerate(row):
             _, h, w = view.shape
-            pixels_BNCHW[i, n, :, :h, :w] = normalised(view, processor.image_processor)
+            pixels_BNCHW[i, n, :, :h, :w] = normalised(
+                torch.from_numpy(view), processor.image_processor
+            )
             mask_BNHW[i, n, :h, :w] = True
     return {"pixel_values": pixels_BNCHW, "pixel_attention_mask": mask_BNHW}
-
-
-def normalised(view: np.ndarray, image_processor: Any) -> torch.Tensor:
-    """A view [C, H, W] as the vision tower takes it, float32."""
-    mean = torch.tensor(image_processor.image_mean).view(3, 1, 1)
-    std = torch.tensor(image_processor.image_std).view(3, 1, 1)
-    return (torch.from_numpy(view).float() * image_processor.rescale_factor - mean) / std
 
 
 def tower(inner: Any, pixels_nCHW: torch.Tensor) -> torch.Tensor:

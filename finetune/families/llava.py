@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
+from finetune.data.packed_views import normalised
 from finetune.data.views import Canvas, ImagePlan, View
 from finetune.errors import DataError
 from finetune.families.family import Family, Part, Template, ViewedRow, ViewEncoder
-from finetune.families.idefics2 import normalised
 from finetune.recipe import ImagesSection
 
 IMAGE = "<image>"

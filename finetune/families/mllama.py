@@ -17,10 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from finetune.data.packed_views import pack_views
+from finetune.data.packed_views import normalised, pack_views
 from finetune.data.views import Canvas, ImagePlan, Size, View
 from finetune.families.family import CrossEncoder, Family, Part, Template, ViewedRow
-from finetune.families.idefics2 import normalised
 from finetune.recipe import ImagesSection
 
 IMAGE = "<|image|>"

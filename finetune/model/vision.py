@@ -15,18 +15,18 @@ from typing import Any, Literal, Protocol, cast
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from finetune.data.packed_views import PackedViews
+from finetune.data.packed_views import PackedViews, normalised
 from finetune.families.family import CrossEncoder, Family, ViewEncoder
 from finetune.model.varlen import is_at_hand, views_apart
 
 Stage = Literal["tower", "connector"]
 """The part whose output is kept: nothing up to there is trained."""
 
-MAX_PATCHES = 8192
+MAX_PATCHES = 4096
 """Of the views that tower and connector take in one call.
 
 A call this large keeps a GPU busy, and bounds what a connector layer holds when it is computed
-again: at the width of 8B models 14,336 x 8,192 numbers of 2 bytes, three times.
+again: at the width of 8B models 14,336 x 4,096 numbers of 2 bytes, three times.
 """
 
 
@@ -51,7 +51,7 @@ def take_packed_views(model: Any, family: Family) -> None:
     """
     if encoder := family.view_encoder or family.cross_encoder:
         inner = model.model
-        inner.__class__ = _with_packed_views(type(inner), encoder)
+        inner.__class__ = _with_packed_views(type(inner), isinstance(encoder, CrossEncoder))
         inner.view_encoder = encoder
         # `gradient_checkpointing_enable` looks for this name, and puts the function beside it
         inner.gradient_checkpointing = False
@@ -62,10 +62,11 @@ def take_packed_views(model: Any, family: Family) -> None:
         }
 
 
-def _with_packed_views(plain: type, encoder: ViewEncoder) -> type:
+@functools.cache
+def _with_packed_views(plain: type, is_crossed: bool) -> type:
     if issubclass(plain, _TakesPackedViews):
         return plain
-    if isinstance(encoder, CrossEncoder):
+    if is_crossed:
         body = {"__module__": plain.__module__}
         return type(plain.__name__, (_CrossesPackedViews, plain), body)
     # `generate` reads off the signature what to pass
@@ -155,7 +156,7 @@ def _hidden_of_calls(inner: Any, views: PackedViews) -> Iterator[torch.Tensor]:
     encoder: ViewEncoder = inner.view_encoder
     patch_size = inner.config.vision_config.patch_size
     calls = [each for each in views_of_calls(views, patch_size) if not each.is_floating_point()]
-    pixels = (views.normalised(each).to(inner.dtype) for each in calls)
+    pixels = (normalised(each, views).to(inner.dtype) for each in calls)
     vision = inner.get_submodule(inner.view_modules["vision"][0])
     if encoder.tower_of_sizes is None or _learns(inner, "vision") or not is_at_hand(vision):
         yield from (encoder.tower(inner, each) for each in pixels)

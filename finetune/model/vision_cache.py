@@ -44,7 +44,8 @@ class Keeper:
         those with a key are written.
         """
         rounded_nPD = features_nPD.detach().to(torch.bfloat16)
-        for key, features_PD in zip(keys, rounded_nPD, strict=True):
+        # off a GPU at once: what waits to be written is not to take its memory
+        for key, features_PD in zip(keys, rounded_nPD.cpu(), strict=True):
             if key:
                 self.num_computed += 1
                 self.writer.put(key, features_PD)
