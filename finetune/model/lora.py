@@ -41,7 +41,8 @@ class _AddsInPlace:
         low = layer.lora_A[name](layer.lora_dropout[name](rows))
         weight, scaling = layer.lora_B[name].weight, layer.scaling[name]
         if output.dtype == low.dtype:
-            output.addmm_(low, weight.to(low.dtype).t(), alpha=scaling)
+            # not addmm_'s alpha, which compiled layers of changing lengths cannot have
+            output.addmm_(low * scaling, weight.to(low.dtype).t())
         else:
             output = output + layer.lora_B[name](low).to(output.dtype) * scaling
         return output.view(*x.shape[:-1], output.shape[-1])
