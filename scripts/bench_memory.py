@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -23,7 +24,17 @@ from peft import LoraConfig, get_peft_model
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig
 
-from finetune.model.memory import StepMemory, set_up_training, step_loss, step_memory
+from finetune.data.views import ImagePlan, View
+from finetune.families import FAMILIES
+from finetune.families.mllama import arrangements
+from finetune.model.memory import (
+    StepMemory,
+    set_up_training,
+    step_loss,
+    step_memory,
+    tensors_of,
+)
+from finetune.model.vision import take_packed_views
 
 IMAGE = 7  # the id of the image token in all of these models
 VOCABULARY = 4000
@@ -59,6 +70,7 @@ class Case:
     num_tokens: int = 400
     dtype: torch.dtype = torch.float32
     attention: str = "sdpa"
+    packed_vision: bool = True
 
     def __str__(self) -> str:
         return f"{self.family} {self.views} views, batch {self.batch_size}"
@@ -131,7 +143,7 @@ def config_of(family: str) -> PretrainedConfig:
                 "vision_output_dim": 384 * 3,
                 "image_size": 224,
                 "max_num_tiles": 4,
-                "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1], [2, 2]],
+                "supported_aspect_ratios": list(map(list, arrangements(4))),
             },
             "image_token_index": IMAGE,
         }
@@ -163,7 +175,7 @@ def config_of(family: str) -> PretrainedConfig:
     return AutoConfig.for_model(family, **settings)
 
 
-def batch_of(case: Case, config: Any) -> dict[str, torch.Tensor]:
+def batch_of(case: Case, config: Any) -> dict[str, Any]:
     """Rows of noise: one of two asks a shorter question, so that there is padding."""
     B, T, N = case.batch_size, case.num_tokens, case.views
     generator = torch.Generator().manual_seed(0)
@@ -173,38 +185,34 @@ def batch_of(case: Case, config: Any) -> dict[str, torch.Tensor]:
         mask[row, T - 50 :] = 0
     labels = ids.masked_fill(mask == 0, -100)
     labels[:, : T // 2] = -100
-
-    def pixels(*shape: int) -> torch.Tensor:
-        return torch.rand(shape, generator=generator) - 0.5
-
-    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     edge = getattr(config.vision_config, "image_size", 224)
-    if case.family == "idefics2" and N:
-        ids[:, : 64 * N] = IMAGE
-        batch["pixel_values"] = pixels(B, N, 3, edge, edge)
-        shown = torch.ones(B, N, edge, edge, dtype=torch.bool)
-        shown[:, 0, edge // 2 :] = False  # the first view is half as high
-        batch["pixel_values"][:, 0, :, edge // 2 :] = 0
-        batch["pixel_attention_mask"] = shown
-    elif case.family == "llava" and N:
-        ids[:, : 256 * N] = IMAGE
-        batch["pixel_values"] = pixels(B * N, 3, edge, edge)
-    elif case.family == "idefics3" and N:
-        ids[:, : (edge // 14 // 2) ** 2 * N] = IMAGE
-        batch["pixel_values"] = pixels(B, N, 3, edge, edge)
-        batch["pixel_attention_mask"] = torch.ones(B, N, edge, edge, dtype=torch.bool)
-    elif case.family == "mllama" and N:
-        ids[:, 0] = IMAGE
-        batch["pixel_values"] = pixels(B, 1, 4, 3, edge, edge)
-        batch["aspect_ratio_ids"] = torch.full((B, 1), 4)
-        batch["aspect_ratio_mask"] = torch.ones(B, 1, 4, dtype=torch.long)
-        crossed = torch.ones(B, T, 1, 4, dtype=torch.long)
-        batch["cross_attention_mask"] = crossed
-    elif case.family == "idefics":
-        # this model cannot be run without an image
-        batch["pixel_values"] = pixels(B, max(N, 1), 3, edge, edge)
-        batch["image_attention_mask"] = torch.full((B, T, max(N, 1)), int(N > 0))
-    return batch
+    tokens_a_view = {"idefics2": 64, "llava": 256, "idefics3": (edge // 14 // 2) ** 2}
+    ids[:, : tokens_a_view.get(case.family, 1) * N] = IMAGE
+    tiles = 4 if case.family == "mllama" else 1
+    rows = []
+    for _ in range(B):
+        # for idefics2, the first view is half as high
+        halves = [case.family == "idefics2" and n == 0 for n in range(N)]
+        sizes = [(edge, edge // 2 if is_half else edge) for is_half in halves for _ in range(tiles)]
+        plan = ImagePlan(tuple(View((0, 0, *size), *size) for size in sizes), rows=2, cols=2)
+        views = [
+            torch.randint(256, (3, *size[::-1]), generator=generator, dtype=torch.uint8).numpy()
+            for size in sizes
+        ]
+        rows.append(SimpleNamespace(views=views, plans=[plan] * bool(N)))
+    processor = SimpleNamespace(
+        image_token_id=IMAGE,
+        image_processor=SimpleNamespace(
+            size={"height": edge},
+            max_image_tiles=tiles,
+            rescale_factor=1 / 255,
+            image_mean=[0.5] * 3,
+            image_std=[0.5] * 3,
+        ),
+    )
+    family = FAMILIES[case.family]
+    images = (family.pack if case.packed_vision else family.stack)(rows, processor, ids)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels, **images}
 
 
 def build(case: Case, device: str) -> Any:
@@ -215,6 +223,8 @@ def build(case: Case, device: str) -> Any:
         model: Any = AutoModelForImageTextToText.from_config(
             config, dtype=case.dtype, attn_implementation=case.attention
         )
+    if case.packed_vision:
+        take_packed_views(model, FAMILIES[case.family])
     stacks = "layers|blocks|connector|projector|perceiver|projection"
     targets = rf".*({stacks}).*(_proj|fc1|fc2|proj|linear_1|linear_2)"
     frozen = re.compile(r".*vision.*")
@@ -246,7 +256,7 @@ def compare(case: Case) -> Compared:
     return Compared(case, predicted, measured, resting)
 
 
-def measure(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[int, int]:
+def measure(model: Any, batch: Mapping[str, Any]) -> tuple[int, int]:
     """Bytes at the peak of the second training step, and before it, as torch's allocator tells."""
     trained = [each for each in model.parameters() if each.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
@@ -262,7 +272,7 @@ def measure(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[int, int]:
     step()  # afterwards there is a state of the optimizer
     gc.collect()
     resting = num_bytes(
-        [*model.parameters(), *model.buffers(), *batch.values()]
+        [*model.parameters(), *model.buffers(), *tensors_of(list(batch.values()))]
         + [each for state in optimizer.state.values() for each in state.values()]
     )
     return resting + peak_above(step), resting
@@ -302,6 +312,8 @@ def cases() -> Iterator[Case]:
             yield Case(family, 0, 2, checkpointing)
             for batch_size in (1, 2, 4):
                 yield Case(family, 1, batch_size, checkpointing)
+    for family in ("idefics2", "mllama"):
+        yield Case(family, 1, 2, True, packed_vision=False)
     yield Case("idefics2", 2, 2, False, attention="eager")
     yield Case("idefics2", 2, 2, False, dtype=torch.bfloat16)
 
@@ -316,6 +328,7 @@ def table(compared: list[Compared]) -> str:
     for each in compared:
         case = each.case
         other = "" if case.attention == "sdpa" else f", {case.attention}"
+        other += "" if case.packed_vision else ", stock vision"
         other += "" if case.dtype is torch.float32 else f", {str(case.dtype)[6:]}"
         lines.append(
             f"| {case.family}{other} | {case.views} | {case.batch_size} | "

@@ -24,6 +24,7 @@ from finetune.model.kernels import (
     autocast_in_modules,
     quantised_linear,
 )
+from finetune.model.lora import add_in_place
 from finetune.model.loss import learn_from_labels
 from finetune.model.tracing import LiveBytes, counted_by_module
 
@@ -178,6 +179,7 @@ def set_up_training(adapted: Any, *, checkpointing: bool) -> None:
         for hook in getattr(base, "_require_grads_hooks", ()):
             hook.remove()
         base._require_grads_hooks = []
+    add_in_place(base)
     learn_from_labels(base)  # Liger's kernel, where the trainer takes it, holds fewer logits
 
 
