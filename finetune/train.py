@@ -39,7 +39,7 @@ from finetune.model.methods import (
     pissa_start,
     save_trained,
 )
-from finetune.model.vision_cache import keeping_features
+from finetune.model.vision_cache import keeping_features, stage_to_keep
 from finetune.preparation import (
     PreparedRows,
     cache_of,
@@ -208,6 +208,7 @@ def _train_and_save(prepared: Prepared, resume: bool, overwrite: bool, console: 
     has_start = pissa_file.is_file() or so_far.last_checkpoint() is not None
     go_on_from = pissa_file if is_pissa and resume and has_start else None
     model, _ = load_trainable(recipe, encoder.processor, go_on_from=go_on_from)
+    stage_to_keep(model, recipe)  # refuses a cache of what changes, before there is a run
     run = create_run_dir(
         recipe.output.dir,
         resume=resume,

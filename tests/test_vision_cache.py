@@ -629,13 +629,14 @@ def test_a_family_without_views_in_the_text_is_refused(
 
 
 def test_a_tower_of_which_a_module_is_trained_whole_is_refused(
-    dataset: Callable[..., Path],
+    dataset: Callable[..., Path], tmp_path: Path
 ) -> None:
     with pytest.raises(ModelError, match="modules_to_save"):
         train(
             str(dataset()),
             ["training.vision_cache=1GiB", "adapter.modules_to_save=[post_layernorm]"],
         )
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("parts", ["[language, connector]", "[language]"])

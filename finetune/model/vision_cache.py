@@ -87,17 +87,11 @@ def keeping_features(
 
     Tells at the end how many were found. Raises `ModelError`.
     """
-    limit_bytes = recipe.training.vision_cache_bytes
-    if limit_bytes is None:
+    limit_bytes, stage = recipe.training.vision_cache_bytes, stage_to_keep(model, recipe)
+    if limit_bytes is None or stage is None:
         yield encoder
         return
-    inner = (model.get_base_model() if hasattr(model, "peft_config") else model).model
-    stage = frozen_stage(inner)
-    if not stage:
-        raise ModelError(
-            f"training.vision_cache: some of the vision part of {recipe.model.name} is trained "
-            "(adapter.modules_to_save), so its features change at every step; set it to off"
-        )
+    inner = _inner_of(model)
     kept = VisionCache(cache / "vision", settings_key(inner, encoder, stage))
     writer = CacheWriter(
         kept, limit_bytes, lambda problem: console.print(f"warning: {problem}", style="yellow")
@@ -109,6 +103,24 @@ def keeping_features(
         del inner.feature_keeper
         writer.close()
         console.print(keeper.in_words())
+
+
+def stage_to_keep(model: Any, recipe: Recipe) -> Stage | None:
+    """What the recipe's cache keeps of this model, None where it is off. Raises `ModelError` where
+    nothing stays the same from step to step.
+    """
+    if recipe.training.vision_cache_bytes is None:
+        return None
+    if stage := frozen_stage(_inner_of(model)):
+        return stage
+    raise ModelError(
+        f"training.vision_cache: some of the vision part of {recipe.model.name} is trained "
+        "(adapter.modules_to_save), so its features change at every step; set it to off"
+    )
+
+
+def _inner_of(model: Any) -> Any:
+    return (model.get_base_model() if hasattr(model, "peft_config") else model).model
 
 
 def settings_key(inner: Any, encoder: Encoder, stage: Stage) -> str:
