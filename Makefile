@@ -10,8 +10,9 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
 
 .PHONY: quickstart install dev test test-slow check bench docs clean
 
+# One thread: nano is too small for more, and slower with two
 quickstart: install
-	$(BIN)/finetune train recipes/quickstart.yaml --overwrite
+	OMP_NUM_THREADS=1 $(BIN)/finetune train recipes/quickstart.yaml --overwrite
 
 install: .venv/installed
 dev: .venv/installed-dev
