@@ -29,6 +29,7 @@ on that line, and from any line above it in this list; never from a line below.
     model.attention  model.load
     model.vocabulary  model.vision_cache  model.adapters  model.lora  model.pissa  model.methods
     model.optimizer  model.generate  model.loss
+    model.checkpoint_files  model.merging
     model.tracing  model.kernels  model.memory  model.planned
     metrics.text  metrics
     environment
@@ -36,9 +37,9 @@ on that line, and from any line above it in this list; never from a line below.
     checking  check_page  preview_page
     findings  callbacks  trainer
     judging  preparation  vision_cache_plan  planning  fitting
-    requirements  resuming
+    requirements  resuming  verifying
     tables
-    train  evaluate  chat  check  preview  convert  plan
+    train  evaluate  merge  chat  check  preview  convert  plan
     cli
     __main__
 """

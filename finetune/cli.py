@@ -239,6 +239,57 @@ def chat(
 
 
 @app.command()
+def merge(
+    run: RunFolder,
+    out: Annotated[Path, typer.Option(help="The new folder, for the merged weights.")],
+    add: Annotated[
+        list[str] | None,
+        typer.Option(metavar="RUN=WEIGHT", help="Another run's adapter on top; repeat for more."),
+    ] = None,
+    weight: Annotated[float, typer.Option(help="How much of RUN's own adapter.")] = 1.0,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; the recipe's by default.")
+    ] = None,
+    quantize: Annotated[str, typer.Option(help="nf4 or int8: save a quantised folder.")] = "none",
+    rows: Annotated[int, typer.Option(min=1, help="Rows to verify on.")] = 8,
+    dry_run: Annotated[
+        bool, typer.Option(help="Say what would be written; write nothing.")
+    ] = False,
+) -> None:
+    """Put an adapter into its base's weights, and verify that they say the same."""
+    from finetune.rundir import open_run_dir
+
+    open_run_dir(run)
+    added = [_weighed(each) for each in add or ()]
+    from finetune.merge import merge as run_merge
+    from finetune.merge import print_merged
+    from finetune.tables import results_console
+
+    merged = run_merge(
+        run,
+        out,
+        added=added,
+        weight=weight,
+        dtype=dtype,
+        quantize=quantize,
+        num_rows=rows,
+        dry_run=dry_run,
+    )
+    print_merged(merged, out, results_console())
+
+
+def _weighed(text: str) -> tuple[str, float]:
+    """`RUN=0.5` -> the run and its weight, which is 1 where none is given."""
+    run, equals, number = text.rpartition("=")
+    if not equals:
+        return text, 1.0
+    try:
+        return run, float(number)
+    except ValueError:
+        raise RecipeError(f"--add {text}: {number!r} is no number; write RUN=0.5") from None
+
+
+@app.command()
 def report(run: RunFolder) -> None:
     """Write a run's report.html again."""
     from finetune.report import write_report

@@ -3,6 +3,7 @@
 import shlex
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Console
@@ -11,6 +12,7 @@ from rich.text import Text
 
 from finetune.checking import Duplicates, Part
 from finetune.data.sampling import EpochBatches
+from finetune.model.merging import MergePlan
 from finetune.preparation import PreparedRows, counted
 from finetune.recipe import Recipe
 from finetune.rundir import RunDir, read_json, read_jsonl
@@ -136,6 +138,22 @@ def check_table(parts: Sequence[Part], duplicates: Duplicates | None) -> Table:
         ):
             figures.add_row(name, *[""] * (len(parts) - 1), f"{count:,}")
     return figures
+
+
+def merge_table(title: str, plan: MergePlan, needed_bytes: int) -> Table:
+    """Which tensors are written, what changes them, and how large that is."""
+    table = Table(title=Text(title), title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    table.add_row("base", str(plan.source))
+    table.add_row("tensors", f"{len(plan.written):,}")
+    for what, count in sorted(Counter(plan.changed.values()).items()):
+        table.add_row(f"  changed: {what}", f"{count:,}")
+    table.add_row("dtype", str(plan.dtype).removeprefix("torch."))
+    for file, num_bytes in plan.bytes_of_files.items():
+        table.add_row(file, f"{num_bytes / 2**20:,.1f} MiB")
+    table.add_row("disk needed", f"{needed_bytes / 2**20:,.1f} MiB")
+    return table
 
 
 def costly_rows(parts: Sequence[Part]) -> Iterator[str]:

@@ -3,12 +3,15 @@
 import json
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from finetune.errors import ModelError, RunDirError
 from finetune.families.family import Family, Part
@@ -176,6 +179,8 @@ def part_of_weight(model: Any, family: Family) -> Callable[[str], str]:
 def load_adapter(model: Any, folder: Path, recipe: Recipe) -> PeftModel:
     """The base model with a saved adapter, for inference. Its vocabulary has the extra tokens.
 
+    A base on the meta device stays there, with the adapter's weights on the CPU.
+
     Raises `RunDirError` where there is none, where it was trained with other image settings than
     the recipe's, or where weights of it are missing or of another shape than the model's.
     """
@@ -184,7 +189,8 @@ def load_adapter(model: Any, folder: Path, recipe: Recipe) -> PeftModel:
         # with a warning alone PEFT leaves adapters random that it does not find
         warnings.filterwarnings("error", message="Found missing adapter keys")
         try:
-            return PeftModel.from_pretrained(model, folder)
+            with _left_off_meta(model) as settings:
+                return PeftModel.from_pretrained(model, folder, **settings)
         except UserWarning as warning:
             missing = re.findall(r"'([^']+)'", str(warning))
             raise RunDirError(
@@ -201,6 +207,25 @@ def load_adapter(model: Any, folder: Path, recipe: Recipe) -> PeftModel:
                 f"{recipe.model.name} and adapter_config.json give them, {other[0]} first; it "
                 "belongs to another model, or was changed; train it again with --overwrite"
             ) from error
+
+
+def add_saved_adapter(adapted: PeftModel, name: str, folder: Path) -> None:
+    """One more adapter, beside those that `load_adapter` gave, under a name of its own."""
+    with _left_off_meta(adapted) as settings:
+        adapted.load_adapter(str(folder), adapter_name=name, **settings)
+
+
+@contextmanager
+def _left_off_meta(model: torch.nn.Module) -> Iterator[dict[str, Any]]:
+    """What PEFT is to be told for an adapter's weights to be in memory where the base's are not.
+
+    It brings them to the device of the base, whatever it is told: within, it does not.
+    """
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        yield {}
+        return
+    with patch.object(BaseTunerLayer, "_move_adapter_to_device_of_base_layer", lambda *_: None):
+        yield {"low_cpu_mem_usage": True, "torch_device": "cpu"}
 
 
 def refuse_unfinished(folder: Path, file: str, recipe: Recipe) -> None:

@@ -27,13 +27,7 @@ def generate_answers(
     Prompts of like length go together, padded on the left. An answer ends at the end of the text or
     of the turn, and never holds an image token.
     """
-    tokenizer = processor.tokenizer
-    turn_end = family.template_of(processor).turn_end_token
-    end_ids = sorted({tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(turn_end)})
-    # mllama's head has no row for its image token, and so cannot say it
-    head_size = model.get_output_embeddings().weight.shape[0]
-    image_ids = tokenizer.convert_tokens_to_ids(list(family.image_tokens))
-    never_said = [[token] for token in image_ids if token < head_size] or None
+    tokenizer, stop = processor.tokenizer, stopping(model, processor, family)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].input_ids))
     answers = [""] * len(prompts)
     model.eval()
@@ -53,9 +47,7 @@ def generate_answers(
                 **inputs,
                 do_sample=False,
                 max_new_tokens=max_new_tokens,
-                eos_token_id=end_ids,
-                pad_token_id=tokenizer.pad_token_id,
-                bad_words_ids=never_said,
+                **stop,
             )
         new_tokens = output[:, inputs["input_ids"].shape[1] :]
         texts = tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
@@ -63,3 +55,17 @@ def generate_answers(
             answers[i] = text.strip()
         on_batch(len(chosen))
     return answers
+
+
+def stopping(model: Any, processor: Any, family: Family) -> dict[str, Any]:
+    """Settings of generation: an answer ends with the text or the turn, and holds no image."""
+    tokenizer = processor.tokenizer
+    turn_end = family.template_of(processor).turn_end_token
+    # mllama's head has no row for its image token, and so cannot say it
+    head_size = model.get_output_embeddings().weight.shape[0]
+    image_ids = tokenizer.convert_tokens_to_ids(list(family.image_tokens))
+    return {
+        "eos_token_id": sorted({tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(turn_end)}),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bad_words_ids": [[token] for token in image_ids if token < head_size] or None,
+    }
