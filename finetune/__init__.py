@@ -27,7 +27,7 @@ on that line, and from any line above it in this list; never from a line below.
     data.collate  data.streaming
     model  model.parts  model.compiling  model.quantize  model.varlen  model.vision
     model.attention  model.load
-    model.vocabulary  model.vision_cache  model.adapters  model.lora  model.pissa  model.methods
+    model.vocabulary  model.adapters  model.vision_cache  model.lora  model.pissa  model.methods
     model.optimizer  model.generate  model.loss
     model.checkpoint_files  model.merging
     model.tracing  model.kernels  model.memory  model.planned
@@ -37,7 +37,7 @@ on that line, and from any line above it in this list; never from a line below.
     checking  check_page  preview_page
     findings  callbacks  trainer
     judging  preparation  vision_cache_plan  planning  fitting
-    requirements  resuming  verifying
+    requirements  resuming  verifying  answering
     tables
     train  evaluate  merge  chat  check  preview  convert  plan
     cli

@@ -224,18 +224,39 @@ def evaluate(run: RunFolder, as_json: AsJson = False) -> None:
 @app.command()
 def chat(
     run: RunFolder,
-    question: Annotated[str, typer.Argument(help="What to ask.")],
+    question: Annotated[
+        str | None, typer.Argument(help="What to ask; left out, a conversation begins.")
+    ] = None,
     image: Annotated[
         list[Path] | None, typer.Option(help="An image file; repeat for more.")
     ] = None,
+    compare: Annotated[bool, typer.Option(help="Ask the base as well.")] = False,
+    data: Annotated[
+        Path | None, typer.Option(help="Answer every row of this file instead, into --out.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A JSONL file; what is there already is kept.")
+    ] = None,
 ) -> None:
-    """Ask a run's adapter one question."""
+    """Ask a run's adapter one question, talk to it, or have it answer a file."""
+    if (data is None) != (out is None):
+        raise RecipeError("--data and --out go together: rows to answer, and where to")
+    if data and (question or image):
+        raise RecipeError("--data brings its own questions and images; leave the others out")
     from finetune.rundir import open_run_dir
 
     open_run_dir(run)
-    from finetune.chat import answer
+    from finetune import chat as verb
 
-    print(answer(run, image or [], question))
+    if data and out:
+        num_rows = verb.answer_file(run, data, out, compare=compare)
+        print(f"{out}: {num_rows:,} rows answered")
+    elif question is None:
+        verb.talk(run, image or [], compare=compare)
+    else:
+        found = verb.answers(run, image or [], question, compare=compare)
+        for name, text in found.items():
+            print(f"{name}: {text}" if compare else text)
 
 
 @app.command()

@@ -201,7 +201,7 @@ def row_sizes(recipe: Recipe, encoder: Encoder, prepared: PreparedRows) -> RowSi
     return RowSizes.of_counts(
         prepared.counts,
         patch_px=patch_px,
-        picture_keys=first_pictures(prepared),
+        picture_keys=_beginnings(prepared),
         tokens_a_view=family.num_image_tokens(processor, plan) // len(plan.views),
     )
 
@@ -214,6 +214,15 @@ def first_pictures(prepared: PreparedRows) -> np.ndarray:
     first = np.zeros(len(num_images), np.uint64)
     first[with_images] = examination.image_keys[(np.cumsum(num_images) - num_images)[with_images]]
     return first[prepared.rows.numbers]
+
+
+def _beginnings(prepared: PreparedRows) -> np.ndarray:
+    """The same key for rows that are the same up to the end of their first picture, 0 for rows
+    without one [N]: what rows can share.
+    """
+    pictures = first_pictures(prepared)
+    mixed = pictures * np.uint64(0x9E3779B97F4A7C15) ^ prepared.counts["prefix_key"]
+    return np.where(pictures == 0, np.uint64(0), np.maximum(mixed, np.uint64(1)))
 
 
 def gathers_pictures(recipe: Recipe, family: Family) -> bool:

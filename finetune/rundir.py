@@ -172,6 +172,22 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
+def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Add a line of JSON a row to a file of such lines, after cutting off a last line that was not
+    written to its end.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+        for row in rows:
+            text = json.dumps(row, ensure_ascii=False) + "\n"
+            file.write(text.encode(errors="backslashreplace"))
+
+
 def read_json(path: Path) -> Any:
     """One JSON document. Raises `RunDirError` where it is missing or broken."""
     try:

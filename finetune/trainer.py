@@ -23,7 +23,7 @@ from finetune.data.sampling import EpochBatches
 from finetune.data.sequences import Layout
 from finetune.data.streaming import ExampleStream, Position, StreamCollator
 from finetune.errors import RunDirError
-from finetune.model.adapters import require_grad_on_language_inputs_only
+from finetune.model.adapters import base_of, require_grad_on_language_inputs_only
 from finetune.model.compiling import compiled_layers
 from finetune.model.lora import add_in_place
 from finetune.model.loss import choose_loss_kernel, learn_from_labels, num_learnt
@@ -76,7 +76,7 @@ class VisionSFTTrainer(SFTTrainer):
         self.num_streamed = {"taken": 0, "trained": 0, "left out": 0}
         self.recipe = recipe
         self.rates: dict[str, float] = {}
-        base = model.get_base_model() if hasattr(model, "peft_config") else model
+        base = base_of(model)
         if recipe:
             args.optim_target_modules = projected_modules(base, collator.encoder.family, recipe)
         # Before TRL sees the model: it asks for gradients on every embedding as soon as it does
@@ -221,7 +221,7 @@ class VisionSFTTrainer(SFTTrainer):
         if not (self.recipe and self.recipe.training.compile):
             return super().train(*args, **kwargs)
         model: Any = self.model
-        base = model.get_base_model() if hasattr(model, "peft_config") else model
+        base = base_of(model)
         with compiled_layers(base, self.data_collator.encoder.family):  # type: ignore[union-attr]
             return super().train(*args, **kwargs)
 

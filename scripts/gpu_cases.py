@@ -24,6 +24,7 @@ from finetune.data.sequences import Layouting
 from finetune.families.idefics2 import IDEFICS2, PARTS, plan_image
 from finetune.model.attention import follow_layouts
 from finetune.model.kernels import Device
+from finetune.model.lora import add_apart
 from finetune.model.memory import quantise, set_up_training, step_memory
 from finetune.model.parts import target_pattern
 from finetune.model.vision import take_packed_views
@@ -247,6 +248,7 @@ def set_up_stock(model: Any, *, checkpointing: bool) -> None:
     vars(base).pop("forward", None)  # TRL's head, from before
     vars(base).pop("enable_input_require_grads", None)  # ours
     _remove_hooks(model)
+    add_apart(model)
     model.train()
     if checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -109,7 +109,7 @@ def config_of(build: Build, image_token_id: int = 0, pad_token_id: int = 0) -> I
     )
 
 
-def save_model(folder: Path, build: Build = MID) -> None:
+def save_model(folder: Path, build: Build = MID, shard_size: str = "50GB") -> None:
     """Weights in float32, drawn from one seed, and the processor's files."""
     corpus = [
         text.format(number, kind)
@@ -132,7 +132,7 @@ def save_model(folder: Path, build: Build = MID) -> None:
     image_token_id = cast(int, tokenizer.convert_tokens_to_ids("<image>"))
     config = config_of(build, image_token_id, tokenizer.pad_token_id)
     torch.manual_seed(0)
-    Idefics2ForConditionalGeneration(config).save_pretrained(folder)
+    Idefics2ForConditionalGeneration(config).save_pretrained(folder, max_shard_size=shard_size)
 
 
 def draw_photo(rng: random.Random, width_px: int, height_px: int) -> Image.Image:

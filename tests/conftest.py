@@ -17,6 +17,7 @@ from finetune.data.examples import Encoder
 from finetune.families import FAMILIES
 from finetune.model.load import load_model, load_processor
 from finetune.recipe import ImagesSection, ModelSection
+from tests.families import CHECKPOINTS
 
 NANO = ModelSection(name="nano", dtype="float32")
 NANO_IMAGES = ImagesSection(split="never", longest_edge_px=224, shortest_edge_px=28)
@@ -49,6 +50,20 @@ def idefics2_processor() -> Any:
     from tests.models.idefics2 import build_processor
 
     return build_processor()
+
+
+@pytest.fixture(scope="session")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The tiny checkpoint of this name, saved when it is first asked for."""
+    saved: dict[str, Path] = {}
+
+    def save(name: str) -> Path:
+        if name not in saved:
+            saved[name] = tmp_path_factory.mktemp(name)
+            CHECKPOINTS[name].save_tiny(saved[name])
+        return saved[name]
+
+    return save
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Sequences of several rows against the rows one by one: the same losses and gradients."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from finetune.data.images import ImageAccess
 from finetune.data.sequences import Layout, Layouting
 from finetune.data.sources import Row
 from finetune.errors import ModelError
+from finetune.model.adapters import base_of
 from finetune.model.attention import follow_layouts, sliding_window, token_sees
 from finetune.model.load import load_model, load_processor
 from finetune.recipe import ImagesSection, ModelSection
@@ -24,16 +26,6 @@ from tests.test_vision import MERGED, adapted
 SHARED = Layouting(share_images=True)
 PACKED = Layouting(packing=True, max_tokens=96)
 BOTH = Layouting(packing=True, share_images=True, max_tokens=96)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The tiny checkpoints, saved once."""
-    saved = {}
-    for name in MERGED:
-        saved[name] = tmp_path_factory.mktemp(name)
-        CHECKPOINTS[name].save_tiny(saved[name])
-    return saved
 
 
 def opened(folder: Path, name: str, **model: Any) -> tuple[Encoder, Any]:
@@ -81,7 +73,7 @@ def rows_of_all_kinds(folder: Path) -> list[Row]:
 
 def summed_loss(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     """Over all learnt tokens by their weights, each predicted at the place before it."""
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    base = base_of(model)
     inputs = {key: batch[key] for key in batch.keys() - {"labels", "label_weights"}}
     hidden_STD = base.model(**inputs).last_hidden_state[:, :-1]
     labels = batch["labels"][:, 1:]
@@ -122,9 +114,9 @@ def batch_of(encoder: Encoder, examples: list[Example], layouting: Layouting | N
 )
 @pytest.mark.parametrize("name", MERGED)
 def test_every_row_has_the_loss_it_has_alone(
-    folders: dict[str, Path], name: str, attention: str, packed_vision: bool, tmp_path: Path
+    folder_of: Callable[[str], Path], name: str, attention: str, packed_vision: bool, tmp_path: Path
 ) -> None:
-    encoder, model = opened(folders[name], name, attention=attention, packed_vision=packed_vision)
+    encoder, model = opened(folder_of(name), name, attention=attention, packed_vision=packed_vision)
     examples = [encoder.encode(row) for row in rows_of_all_kinds(tmp_path)]
     with torch.no_grad():
         alone = [summed_loss(model, batch_of(encoder, [example])) for example in examples]
@@ -150,10 +142,10 @@ def gradients_of(model: Any, *batches: dict[str, Any]) -> dict[str, torch.Tensor
 @pytest.mark.parametrize("packed_vision", [True, False])
 @pytest.mark.parametrize("name", MERGED)
 def test_adapters_learn_what_the_rows_teach_one_by_one(
-    folders: dict[str, Path], name: str, packed_vision: bool, tmp_path: Path
+    folder_of: Callable[[str], Path], name: str, packed_vision: bool, tmp_path: Path
 ) -> None:
     """In all parts, with checkpointing."""
-    encoder, model = opened(folders[name], name, packed_vision=packed_vision)
+    encoder, model = opened(folder_of(name), name, packed_vision=packed_vision)
     model = adapted(model, name, ("language", "connector", "vision"))
     examples = [encoder.encode(row) for row in rows_of_all_kinds(tmp_path)]
     apart = gradients_of(model, *(batch_of(encoder, [example]) for example in examples))
@@ -167,11 +159,11 @@ def test_adapters_learn_what_the_rows_teach_one_by_one(
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_window_shorter_than_the_rows_slides_over_each_of_them(
-    folders: dict[str, Path], attention: str, tmp_path: Path
+    folder_of: Callable[[str], Path], attention: str, tmp_path: Path
 ) -> None:
     """The rows alone have the library's own window."""
     name = "idefics2-8b"
-    encoder, model = opened(folders[name], name, attention=attention)
+    encoder, model = opened(folder_of(name), name, attention=attention)
     examples = [encoder.encode(row) for row in rows_of_all_kinds(tmp_path)]
     with torch.no_grad():
         whole = sum(summed_loss(model, batch_of(encoder, [each])) for each in examples)
@@ -218,10 +210,10 @@ def test_tokens_see_their_own_branch_and_what_is_above_it() -> None:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_bfloat16_rows_are_as_far_from_alone_as_its_rounding(
-    folders: dict[str, Path], attention: str, tmp_path: Path
+    folder_of: Callable[[str], Path], attention: str, tmp_path: Path
 ) -> None:
     name = "idefics2-8b"
-    encoder, model = opened(folders[name], name, attention=attention, dtype="bfloat16")
+    encoder, model = opened(folder_of(name), name, attention=attention, dtype="bfloat16")
     examples = [encoder.encode(row) for row in rows_of_all_kinds(tmp_path)]
     with torch.no_grad():
         alone = sum(summed_loss(model, batch_of(encoder, [each])) for each in examples)
@@ -247,11 +239,11 @@ def test_a_quantised_base_has_the_losses_of_rows_alone(tmp_path: Path) -> None:
 
 
 def test_flash_attention_keeps_packed_rows_apart_by_their_positions(
-    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The library's own path to the kernel, with stand-ins for the kernel's two functions."""
     name = "idefics2-8b"
-    encoder, model = opened(folders[name], name, dtype="float32")
+    encoder, model = opened(folder_of(name), name, dtype="float32")
     examples = [encoder.encode(row) for row in rows_of_all_kinds(tmp_path)]
     with torch.no_grad():
         alone = [summed_loss(model, batch_of(encoder, [each])) for each in examples]

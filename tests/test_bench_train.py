@@ -134,6 +134,7 @@ def record(variant: str, repeat: int, seconds: float, mib: float, **more: Any) -
         "repeat": repeat,
         "machine": "a machine; 2026-01-01",
         "samples": 12,
+        "step_seconds": [1.0] * 3,
         "seconds": seconds,
         "cpu_seconds": seconds,
         "weights_mib": 100.0,

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from finetune.data.collate import Collator
 from finetune.data.gathering import Limits
 from finetune.errors import RecipeError
 from finetune.fitting import smaller_batches
@@ -87,6 +88,30 @@ def test_rows_of_one_picture_are_in_one_batch(pages: Callable[..., Recipe]) -> N
                 for row in batch
             ]
             assert (len(set(pictures)) == 8) == gathered
+
+
+@pytest.mark.parametrize("picture_first", [True, False])
+def test_a_batch_holds_what_its_budget_says_wherever_the_picture_stands(
+    dataset: Callable[..., Path], tmp_path: Path, picture_first: bool
+) -> None:
+    """Questions before the picture differ, so that its rows have nothing in common to share."""
+    recipe_path = dataset()
+    noise(112, 84).save(tmp_path / "page.png")
+    rows = []
+    for number in range(24):
+        question = {"type": "text", "text": f"{number} " * (1 + number % 5) + "?"}
+        content = [{"type": "image", "image": "page.png"}, question]
+        user = {"role": "user", "content": content if picture_first else content[::-1]}
+        rows.append({"messages": [user, {"role": "assistant", "content": f"A{number}"}]})
+    write_rows(tmp_path / "train.jsonl", rows)
+    recipe = load_recipe(recipe_path, ["training.batch_tokens=600"])
+    prepared = prepare(recipe, Console(quiet=True))
+    assert prepared.train
+    collate = Collator(prepared.encoder, prepared.train.rows)
+    batches = epoch_batches(prepared).of_epoch(0)
+    sizes = [collate([{"row": row} for row in batch])["input_ids"].numel() for batch in batches]
+    assert max(sizes) <= 600
+    assert (len(batches) == 1) == picture_first  # which shares what all rows begin with
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -45,20 +45,6 @@ PARTS: tuple[Part, ...] = ("language", "connector", "vision")
 SIZES_PX = ((90, 60), (40, 130), (64, 64), (33, 20))
 
 
-@pytest.fixture(scope="session")
-def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The tiny checkpoint on disk, saved once."""
-    saved: dict[str, Path] = {}
-
-    def save(name: str) -> Path:
-        if name not in saved:
-            saved[name] = tmp_path_factory.mktemp(name)
-            CHECKPOINTS[name].save_tiny(saved[name])
-        return saved[name]
-
-    return save
-
-
 @pytest.fixture(params=CHECKPOINTS)
 def name(request: Any) -> str:
     return request.param

@@ -20,7 +20,7 @@ from finetune.data.images import ImageAccess
 from finetune.data.sources import Row
 from finetune.errors import ModelError, RecipeError
 from finetune.model import loss
-from finetune.model.adapters import add_adapter
+from finetune.model.adapters import add_adapter, base_of
 from finetune.model.load import load_model, load_processor
 from finetune.model.loss import choose_loss_kernel, learn_from_labels
 from finetune.model.vocabulary import add_extra_tokens, extend_vocabulary
@@ -41,20 +41,6 @@ FAMILIES_SHOWN = (
 ANSWERS = ("A cat.", "Nothing at all is written on this sign.", "No.")
 
 Batch = dict[str, Any]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Where a tiny checkpoint is, saved when it is first asked for."""
-    saved: dict[str, Path] = {}
-
-    def folder_of(name: str) -> Path:
-        if name not in saved:
-            saved[name] = tmp_path_factory.mktemp(name)
-            CHECKPOINTS[name].save_tiny(saved[name])
-        return saved[name]
-
-    return folder_of
 
 
 def batch_of(encoder: Encoder, folder: Path) -> Batch:
@@ -115,7 +101,7 @@ def gradients(model: Any, loss_of_model: torch.Tensor) -> dict[str, torch.Tensor
 def compare(model: Any, batch: Batch) -> None:
     expected = full_loss(model, batch)
     expected_gradients = gradients(model, expected)
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    base = base_of(model)
     learn_from_labels(base)
     ours = learnt_loss(model, batch)
     torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-6)
@@ -132,18 +118,18 @@ def chunked(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("chunked")
 @pytest.mark.parametrize("name", FAMILIES_SHOWN)
 def test_loss_and_gradients_are_those_of_the_full_loss(
-    folders: Callable[[str], Path], name: str, tmp_path: Path
+    folder_of: Callable[[str], Path], name: str, tmp_path: Path
 ) -> None:
-    encoder, model = opened(folders(name), name)
+    encoder, model = opened(folder_of(name), name)
     compare(adapted(model, encoder.family), batch_of(encoder, tmp_path))
 
 
 @pytest.mark.usefixtures("chunked")
 @pytest.mark.parametrize("name", ["idefics2-8b", "idefics-9b-instruct"])
 def test_a_head_that_is_trained_gets_the_gradients_of_the_full_loss(
-    folders: Callable[[str], Path], name: str, tmp_path: Path
+    folder_of: Callable[[str], Path], name: str, tmp_path: Path
 ) -> None:
-    encoder, model = opened(folders(name), name)
+    encoder, model = opened(folder_of(name), name)
     model = adapted(model, encoder.family, modules_to_save=("lm_head",))
     batch = batch_of(encoder, tmp_path)
     compare(model, batch)
@@ -178,9 +164,9 @@ def test_rows_of_added_tokens_get_the_gradients_of_the_full_loss(
 
 @pytest.mark.usefixtures("chunked")
 def test_logits_of_a_bfloat16_model_are_raised_to_float32(
-    folders: Callable[[str], Path], tmp_path: Path
+    folder_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    encoder, model = opened(folders("idefics2-8b"), "idefics2-8b", "bfloat16")
+    encoder, model = opened(folder_of("idefics2-8b"), "idefics2-8b", "bfloat16")
     model = adapted(model, encoder.family)
     batch = batch_of(encoder, tmp_path)
     with torch.no_grad():
@@ -382,9 +368,9 @@ def liger(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 @pytest.mark.parametrize("name", ["idefics2-8b", "idefics-9b-instruct"])
 def test_ligers_loss_and_gradients_are_those_of_the_full_loss(
-    folders: Callable[[str], Path], liger: list[int], name: str, tmp_path: Path
+    folder_of: Callable[[str], Path], liger: list[int], name: str, tmp_path: Path
 ) -> None:
-    encoder, model = opened(folders(name), name)
+    encoder, model = opened(folder_of(name), name)
     model = adapted(model, encoder.family)
     batch = batch_of(encoder, tmp_path)
     weights = torch.ones(batch["labels"].shape)
@@ -436,19 +422,21 @@ def test_ligers_own_kernel_gives_the_full_loss() -> None:
 def test_liger_is_chosen_on_a_gpu_where_it_is_installed(
     nano_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loss, "find_spec", lambda name: name == "liger_kernel")
+    installed = {"liger_kernel": "0.8.5"}
+    monkeypatch.setattr(loss, "version", lambda name: installed[name])
     assert choose_loss_kernel(nano_model, "auto") == "torch"  # there is no GPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert choose_loss_kernel(nano_model, "auto") == "liger"
     assert choose_loss_kernel(nano_model, "torch") == "torch"
-    monkeypatch.setattr(loss, "find_spec", lambda name: None)
+    installed["liger_kernel"] = "0.9.0"  # whose kernel nobody here has read
     assert choose_loss_kernel(nano_model, "auto") == "torch"
+    assert choose_loss_kernel(nano_model, "liger") == "liger"
 
 
 def test_liger_is_refused_for_a_head_that_is_more_than_a_product(
     nano_model: Any, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loss, "find_spec", lambda name: name == "liger_kernel")
+    monkeypatch.setattr(loss, "version", lambda name: "0.8.5")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     adapted(nano_model, encoder.family, modules_to_save=("lm_head",))
     assert choose_loss_kernel(nano_model, "auto") == "torch"

@@ -196,6 +196,28 @@ def test_the_first_epoch_begins_with_the_heaviest_rows_and_the_others_keep_their
     assert heavy[1:] == plain[1:]
 
 
+@pytest.mark.parametrize("by_cost", [True, False])
+@pytest.mark.parametrize("num_rows", range(1, 13))
+def test_every_epoch_has_as_many_batches_with_the_heaviest_in_front(
+    num_rows: int, by_cost: bool
+) -> None:
+    """Also where the heaviest are all there are, or another epoch draws more."""
+    rng = np.random.default_rng(num_rows)
+    for weight in (0.5, 1.0, 1.5):
+        for num_heaviest in (1, 2, 5):
+            batching = Batching(
+                Limits(tokens=60), num_heaviest_batches=num_heaviest, by_cost=by_cost, epochs=4
+            )
+            sizes = costs_of(*rng.integers(1, 40, (2, num_rows)).tolist())
+            batches = EpochBatches(EpochSampler([(num_rows, weight)], 4), batching, sizes)
+            counts = [len(epoch) for epoch in epochs_of(batches, 4)]
+            rows = [sum(map(len, epoch)) for epoch in epochs_of(batches, 4)]
+            assert all(
+                count == len(batches) or count == drawn
+                for count, drawn in zip(counts, rows, strict=True)
+            )
+
+
 def test_every_row_is_drawn_as_often_with_the_heaviest_in_front() -> None:
     """Of rows of weight 0.5, only those whose turn it is come first."""
     spans = [(10, 2.0), (9, 1.3), (20, 0.5)]

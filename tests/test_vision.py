@@ -1,7 +1,7 @@
 """Packed vision against the library's own path: the same features, losses and gradients."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +27,6 @@ from tests.test_collate import row_losses
 
 MERGED = [name for name, each in CHECKPOINTS.items() if each.family.view_encoder]
 CROSSED = [name for name, each in CHECKPOINTS.items() if each.family.cross_encoder]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The tiny checkpoints, saved once."""
-    saved = {}
-    for name, checkpoint in CHECKPOINTS.items():
-        saved[name] = tmp_path_factory.mktemp(name)
-        checkpoint.save_tiny(saved[name])
-    return saved
 
 
 def opened(folder: Path, name: str, *, packed: bool, **images: Any) -> tuple[Encoder, Any]:
@@ -86,9 +76,9 @@ def adapted(model: Any, name: str, parts: tuple[Any, ...]) -> Any:
 @pytest.mark.parametrize("split", ["always", "never", "auto"])
 @pytest.mark.parametrize("name", MERGED)
 def test_packed_features_are_the_stock_ones(
-    folders: dict[str, Path], name: str, split: str, tmp_path: Path
+    folder_of: Callable[[str], Path], name: str, split: str, tmp_path: Path
 ) -> None:
-    encoder, model = opened(folders[name], name, packed=True, split=split)
+    encoder, model = opened(folder_of(name), name, packed=True, split=split)
     for seed in range(4):
         examples = [encoder.encode(row) for row in random_rows(tmp_path, seed)]
         ids = torch.zeros((len(examples), 1))
@@ -103,10 +93,10 @@ def test_packed_features_are_the_stock_ones(
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_losses_are_those_of_the_stock_path(
-    folders: dict[str, Path], name: str, tmp_path: Path
+    folder_of: Callable[[str], Path], name: str, tmp_path: Path
 ) -> None:
-    encoder, ours = opened(folders[name], name, packed=True)
-    _, stock = opened(folders[name], name, packed=False)
+    encoder, ours = opened(folder_of(name), name, packed=True)
+    _, stock = opened(folder_of(name), name, packed=False)
     for seed in range(3):
         examples = [encoder.encode(row) for row in random_rows(tmp_path, seed)]
         losses = [
@@ -124,10 +114,10 @@ def test_losses_are_those_of_the_stock_path(
 )
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_adapter_gradients_are_those_of_the_stock_path(
-    folders: dict[str, Path], name: str, parts: tuple[Any, ...], tmp_path: Path
+    folder_of: Callable[[str], Path], name: str, parts: tuple[Any, ...], tmp_path: Path
 ) -> None:
-    encoder, ours = opened(folders[name], name, packed=True)
-    _, stock = opened(folders[name], name, packed=False)
+    encoder, ours = opened(folder_of(name), name, packed=True)
+    _, stock = opened(folder_of(name), name, packed=False)
     examples = [encoder.encode(row) for row in random_rows(tmp_path, 1)]
     gradients = []
     for model, packed in ((ours, True), (stock, False)):
@@ -146,9 +136,9 @@ def test_every_checkpoint_is_of_one_kind() -> None:
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_each_picture_travels_and_is_computed_once_and_what_is_missing_never(
-    folders: dict[str, Path], name: str, tmp_path: Path
+    folder_of: Callable[[str], Path], name: str, tmp_path: Path
 ) -> None:
-    encoder, model = opened(folders[name], name, packed=True)
+    encoder, model = opened(folder_of(name), name, packed=True)
     noise(20, 70, seed=1).save(tmp_path / "0.png")
     noise(60, 30, seed=2).save(tmp_path / "1.png")
     rows = [row_about(tmp_path, pictures) for pictures in ([0, 1], [], [1, 0, 0])]
@@ -171,11 +161,11 @@ def test_each_picture_travels_and_is_computed_once_and_what_is_missing_never(
 @pytest.mark.parametrize("pictures", [[[], []], [[], [0, 1, 0], [1]], [[], [1]]])
 @pytest.mark.parametrize("name", CROSSED)
 def test_rows_that_lack_pictures_of_others_learn_as_in_the_stock_path(
-    folders: dict[str, Path], name: str, pictures: list[list[int]], tmp_path: Path
+    folder_of: Callable[[str], Path], name: str, pictures: list[list[int]], tmp_path: Path
 ) -> None:
     """There the missing ones are computed, and hidden by the masks."""
-    encoder, ours = opened(folders[name], name, packed=True)
-    _, stock = opened(folders[name], name, packed=False)
+    encoder, ours = opened(folder_of(name), name, packed=True)
+    _, stock = opened(folder_of(name), name, packed=False)
     noise(30, 130, seed=1).save(tmp_path / "0.png")
     noise(60, 40, seed=2).save(tmp_path / "1.png")
     examples = [encoder.encode(row_about(tmp_path, each)) for each in pictures]
@@ -204,7 +194,7 @@ def test_rows_that_lack_pictures_of_others_learn_as_in_the_stock_path(
     [("llama-3.2-11b-vision", "multi_modal_projector"), ("idefics-9b", "perceiver_resampler")],
 )
 def test_where_views_are_read_by_cross_attention_only_what_learns_has_gradients(
-    folders: dict[str, Path],
+    folder_of: Callable[[str], Path],
     name: str,
     connector: str,
     parts: tuple[Any, ...],
@@ -213,7 +203,7 @@ def test_where_views_are_read_by_cross_attention_only_what_learns_has_gradients(
     tmp_path: Path,
 ) -> None:
     """And the connector is computed again where it learns, rather than kept."""
-    encoder, model = opened(folders[name], name, packed=True)
+    encoder, model = opened(folder_of(name), name, packed=True)
     noise(30, 30).save(tmp_path / "0.png")
     batch = collate(
         [encoder.encode(row_about(tmp_path, [0]))],
@@ -350,11 +340,11 @@ def test_without_packed_vision_the_library_runs_as_it_is(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_answers_are_those_of_the_stock_path(
-    folders: dict[str, Path], name: str, tmp_path: Path
+    folder_of: Callable[[str], Path], name: str, tmp_path: Path
 ) -> None:
     """`generate` reads the arguments of the features' function off its signature."""
-    encoder, ours = opened(folders[name], name, packed=True)
-    _, stock = opened(folders[name], name, packed=False)
+    encoder, ours = opened(folder_of(name), name, packed=True)
+    _, stock = opened(folder_of(name), name, packed=False)
     prompts = [encoder.encode_prompt(row) for row in random_rows(tmp_path, 1)]
     answers = [
         generate_answers(

@@ -12,8 +12,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image as PilImage
 from rich.console import Console
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
@@ -21,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from finetune.data import pictures
 from finetune.data.collate import collate
 from finetune.data.examples import Encoder
+from finetune.data.images import ImageAccess
 from finetune.data.packed_views import (
     KeyedView,
     PackedViews,
@@ -28,12 +31,13 @@ from finetune.data.packed_views import (
     pack_views,
     view_key,
 )
-from finetune.data.pictures import Shortcuts
+from finetune.data.pictures import Picture, Shortcuts
 from finetune.data.sequences import Layouting
 from finetune.data.sources import Row
 from finetune.data.views import Canvas, ImagePlan, View
 from finetune.data.vision_cache import CacheWriter, VisionCache, content_key
 from finetune.errors import ModelError, RecipeError
+from finetune.model.adapters import base_of
 from finetune.model.load import load_model
 from finetune.model.vision import encode_views
 from finetune.model.vision_cache import Keeper, keeping_features, settings_key
@@ -48,15 +52,6 @@ from tests.test_vision import MERGED, adapted, nano_rows, opened, random_rows
 GIB = 2**30
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    saved = {}
-    for name in MERGED:
-        saved[name] = tmp_path_factory.mktemp(name)
-        CHECKPOINTS[name].save_tiny(saved[name])
-    return saved
-
-
 @contextmanager
 def keeping(model: Any, encoder: Encoder, folder: Path) -> Iterator[tuple[Encoder, Keeper]]:
     """As training does with the cache in `folder`, which is written when the block ends."""
@@ -64,7 +59,7 @@ def keeping(model: Any, encoder: Encoder, folder: Path) -> Iterator[tuple[Encode
     recipe = load_recipe(folder / "recipe.yaml", ["training.vision_cache=1GiB"])
     quiet = Console(quiet=True)
     with keeping_features(model, encoder, recipe, folder / "cache", quiet) as found:
-        inner = (model.get_base_model() if hasattr(model, "peft_config") else model).model
+        inner = base_of(model).model
         yield found, inner.feature_keeper
 
 
@@ -81,9 +76,9 @@ def dtypes(views: PackedViews) -> set[torch.dtype]:
 @pytest.mark.parametrize("parts", [("language", "connector"), ("language",)])
 @pytest.mark.parametrize("name", MERGED)
 def test_what_is_read_is_what_the_frozen_part_gives_rounded_to_bfloat16(
-    folders: dict[str, Path], name: str, parts: tuple[Any, ...], tmp_path: Path
+    folder_of: Callable[[str], Path], name: str, parts: tuple[Any, ...], tmp_path: Path
 ) -> None:
-    encoder, plain = opened(folders[name], name, packed=True)
+    encoder, plain = opened(folder_of(name), name, packed=True)
     model = adapted(plain, name, parts)
     inner = model.get_base_model().model
     rows = random_rows(tmp_path, 1)
@@ -110,9 +105,9 @@ def test_what_is_read_is_what_the_frozen_part_gives_rounded_to_bfloat16(
 @pytest.mark.parametrize("parts", [("language", "connector"), ("language",)])
 @pytest.mark.parametrize("name", MERGED)
 def test_losses_and_gradients_are_the_same_whether_features_are_computed_or_read(
-    folders: dict[str, Path], name: str, parts: tuple[Any, ...], tmp_path: Path
+    folder_of: Callable[[str], Path], name: str, parts: tuple[Any, ...], tmp_path: Path
 ) -> None:
-    encoder, plain = opened(folders[name], name, packed=True)
+    encoder, plain = opened(folder_of(name), name, packed=True)
     model = adapted(plain, name, parts)
     rows = random_rows(tmp_path, 2)
 
@@ -137,9 +132,9 @@ def test_losses_and_gradients_are_the_same_whether_features_are_computed_or_read
 
 
 def test_a_picture_of_which_one_view_is_missing_is_read_and_computed(
-    folders: dict[str, Path], tmp_path: Path
+    folder_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    encoder, plain = opened(folders["idefics2-8b"], "idefics2-8b", packed=True, split="always")
+    encoder, plain = opened(folder_of("idefics2-8b"), "idefics2-8b", packed=True, split="always")
     model = adapted(plain, "idefics2-8b", ("language", "connector"))
     rows = nano_rows(tmp_path, (112, 56), (56, 112))
     both = []
@@ -359,8 +354,25 @@ def test_a_view_that_is_cut_otherwise_is_another_one(cache: VisionCache, plan: I
     )
 
 
-def an_encoder(folders: dict[str, Path], **images: Any) -> tuple[Encoder, Any]:
-    encoder, model = opened(folders["idefics2-8b"], "idefics2-8b", packed=True, **images)
+@pytest.mark.parametrize("reduced_decode", [True, False])
+def test_a_view_of_a_picture_that_is_decoded_smaller_is_another_one(
+    cache: VisionCache, tmp_path: Path, reduced_decode: bool
+) -> None:
+    """Beside quarters that show all its pixels the same whole view is cut from all of them."""
+    noise(800, 600).save(tmp_path / "photo.jpg")
+    shortcuts = Shortcuts(reduced_decode=reduced_decode)
+    access = ImageAccess(tmp_path)
+    picture = Picture("photo.jpg", access, PilImage.Resampling.BILINEAR, shortcuts, cache)
+    whole = View((0, 0, 800, 600), 392, 294)
+    quarter = View((0, 0, 400, 300), 400, 300)
+    alone, beside = ImagePlan((whole,)), ImagePlan((whole, quarter))
+    keys = [picture.views(plan)[0].key for plan in (alone, beside)]
+    pixels = [picture.views(plan)[0].pixels for plan in (alone, beside)]
+    assert (keys[0] == keys[1]) == np.array_equal(pixels[0], pixels[1]) == (not reduced_decode)
+
+
+def an_encoder(folder_of: Callable[[str], Path], **images: Any) -> tuple[Encoder, Any]:
+    encoder, model = opened(folder_of("idefics2-8b"), "idefics2-8b", packed=True, **images)
     return encoder, adapted(model, "idefics2-8b", ("language", "connector")).get_base_model().model
 
 
@@ -398,9 +410,9 @@ def changed_settings() -> dict[str, Callable[[Any, Any], Any]]:
 
 @pytest.mark.parametrize("name", changed_settings())
 def test_a_setting_that_shapes_features_leads_to_another_folder(
-    folders: dict[str, Path], name: str
+    folder_of: Callable[[str], Path], name: str
 ) -> None:
-    encoder, inner = an_encoder(folders)
+    encoder, inner = an_encoder(folder_of)
     before = settings_key(inner, encoder, "tower")
     stage = changed_settings()[name](encoder, inner)
     after = settings_key(inner, encoder, stage if stage == "connector" else "tower")
@@ -409,24 +421,24 @@ def test_a_setting_that_shapes_features_leads_to_another_folder(
 
 @pytest.mark.parametrize("what", ["transformers", "PIL"])
 def test_another_version_leads_to_another_folder(
-    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, what: str
+    folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    encoder, inner = an_encoder(folders)
+    encoder, inner = an_encoder(folder_of)
     before = settings_key(inner, encoder, "tower")
     monkeypatch.setattr(f"{what}.__version__", "99.0")
     assert settings_key(inner, encoder, "tower") != before
 
 
-def test_what_shapes_no_feature_leads_to_the_same_folder(folders: dict[str, Path]) -> None:
+def test_what_shapes_no_feature_leads_to_the_same_folder(folder_of: Callable[[str], Path]) -> None:
     """The learnt connector and language model, the sizes that plans are made by, limits; and the
     connector where it is frozen, too, matters.
     """
-    encoder, inner = an_encoder(folders)
+    encoder, inner = an_encoder(folder_of)
     tower, connector = (settings_key(inner, encoder, stage) for stage in ("tower", "connector"))
     with torch.no_grad():
         for parameter in [*inner.connector.parameters(), *inner.text_model.parameters()]:
             parameter += 1
-    unsplit, _ = an_encoder(folders, split="never", longest_edge_px=112, shortest_edge_px=28)
+    unsplit, _ = an_encoder(folder_of, split="never", longest_edge_px=112, shortest_edge_px=28)
     unsplit = replace(unsplit, max_tokens=7)
     assert settings_key(inner, unsplit, "tower") == tower
     assert settings_key(inner, encoder, "connector") != connector
@@ -575,9 +587,9 @@ def test_processes_that_write_the_same_and_other_views_at_once_keep_the_limit(
 
 
 def test_a_full_disk_is_told_of_once_and_the_features_are_used_all_the_same(
-    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoder, plain = opened(folders["idefics2-8b"], "idefics2-8b", packed=True, split="never")
+    encoder, plain = opened(folder_of("idefics2-8b"), "idefics2-8b", packed=True, split="never")
     model = adapted(plain, "idefics2-8b", ("language", "connector"))
     rows = nano_rows(tmp_path, (112, 56), (56, 112), (56, 56))
     write_dataset(tmp_path, num_train=1, num_eval=0)

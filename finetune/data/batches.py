@@ -183,7 +183,7 @@ def split_until(batches: Batches, num_batches: int) -> Batches:
         middle = (start + end + 1) // 2
         heapq.heappush(heap, (start - middle, start, middle))
         heapq.heappush(heap, (middle - end, middle, end))
-    return Batches(batches.rows, np.sort(np.array([start for _, start, _ in heap])))
+    return Batches(batches.rows, np.sort(np.array([start for _, start, _ in heap], np.int64)))
 
 
 def num_batches_window(accumulation: int, num_processes: int) -> int:

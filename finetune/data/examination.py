@@ -41,6 +41,7 @@ COUNTS = np.dtype(
         ("num_view_pixels", "u8"),
         ("row_key", "u8"),
         ("question_key", "u8"),
+        ("prefix_key", "u8"),
         ("num_files", "u4"),
         ("files_key", "u8"),
     ]

@@ -53,8 +53,9 @@ class Example:
 class RowCounts:
     """What a row costs, and keys to find it again by, without its pixels.
 
-    Keys are 64-bit digests: of everything the model sees, of what is asked, and of each image's
-    file. `kind` and `change` say how an overlong row was made to fit, and are empty otherwise.
+    Keys are 64-bit digests: of everything the model sees, of what is asked, of the tokens before
+    the first image and how that is cut, and of each image's file. `kind` and `change` say how an
+    overlong row was made to fit, and are empty otherwise.
     """
 
     num_tokens: int
@@ -65,6 +66,7 @@ class RowCounts:
     num_view_pixels: int
     row_key: int
     question_key: int
+    prefix_key: int
     image_keys: tuple[int, ...]
     kind: str = ""
     change: str = ""
@@ -192,10 +194,33 @@ class Encoder:
                 if isinstance(each, DataError):
                     raise each
                 fitted = self._fit_rendered(rows[i].conversation, sizes, plans, each)
-                results[i] = _counts(fitted, keys)
+                results[i] = self._counts(fitted, keys)
             except DataError as error:
                 results[i] = error
         return [result for result in results if result is not None]
+
+    def _counts(self, fitted: Fitted, image_keys: tuple[int, ...]) -> RowCounts:
+        ids, mask = fitted.rendered.input_ids, fitted.rendered.loss_mask
+        messages = fitted.conversation.messages
+        keys = tuple(image_keys[i] for i in fitted.image_numbers)
+        asked = " ".join(m.text for m in messages if m.role == "user").casefold().split()
+        before = ids[: ids.index(self.processor.image_token_id)] if keys else []
+        first = repr(fitted.plans[:1]).encode()
+        seen = array("q", ids).tobytes() + array("Q", keys).tobytes()
+        return RowCounts(
+            num_tokens=len(ids),
+            num_learnt_tokens=sum(mask),
+            num_turns=len(messages),
+            num_images=len(keys),
+            num_views=sum(len(plan.views) for plan in fitted.plans),
+            num_view_pixels=sum(plan.num_pixels for plan in fitted.plans),
+            row_key=xxh3_64_intdigest(seen),
+            question_key=xxh3_64_intdigest(" ".join(asked).encode()),
+            prefix_key=xxh3_64_intdigest(array("q", before).tobytes() + first),
+            image_keys=keys,
+            kind=fitted.kind,
+            change=fitted.change,
+        )
 
     def _plan(
         self,
@@ -345,24 +370,3 @@ def _measure_images(row: Row) -> tuple[list[Size], tuple[int, ...]]:
         # of the file: a digest of the pixels costs a fifth of decoding a JPEG
         keys.append(xxh3_64_intdigest(data, seed=page or 0))
     return sizes, tuple(keys)
-
-
-def _counts(fitted: Fitted, image_keys: tuple[int, ...]) -> RowCounts:
-    ids, mask = fitted.rendered.input_ids, fitted.rendered.loss_mask
-    messages = fitted.conversation.messages
-    keys = tuple(image_keys[i] for i in fitted.image_numbers)
-    asked = " ".join(m.text for m in messages if m.role == "user").casefold().split()
-    seen = array("q", ids).tobytes() + array("Q", keys).tobytes()
-    return RowCounts(
-        num_tokens=len(ids),
-        num_learnt_tokens=sum(mask),
-        num_turns=len(messages),
-        num_images=len(keys),
-        num_views=sum(len(plan.views) for plan in fitted.plans),
-        num_view_pixels=sum(plan.num_pixels for plan in fitted.plans),
-        row_key=xxh3_64_intdigest(seen),
-        question_key=xxh3_64_intdigest(" ".join(asked).encode()),
-        image_keys=keys,
-        kind=fitted.kind,
-        change=fitted.change,
-    )

@@ -12,9 +12,9 @@ import numpy as np
 class RowSizes:
     """What the rows to be trained cost, a line a row [N].
 
-    `pictures` has the same number for rows that begin with the same picture, and are to be
-    gathered; of their tokens and patches, `shared_tokens` and `shared_patches` are that
-    picture's. None where rows stay apart.
+    `pictures` has the same number for rows that are the same up to the end of their first picture,
+    and are to be gathered; of their tokens and patches, `shared_tokens` and `shared_patches` are
+    that picture's. None where rows stay apart.
     """
 
     tokens: np.ndarray
@@ -34,9 +34,9 @@ class RowSizes:
     ) -> "RowSizes":
         """From an examination's counts. A patch has `patch_px` x `patch_px` pixels.
 
-        `picture_keys` [N] name each row's first picture, 0 for none. How much of a row is its
-        first picture is known where it is the only one; of other rows nothing counts as shared,
-        so that they are thought to cost more than they do.
+        `picture_keys` [N] name each row's beginning, up to the end of its first picture, 0 for
+        none. How much of a row is its first picture is known where it is the only one; of other
+        rows nothing counts as shared, so that they are thought to cost more than they do.
         """
         tokens = counts["num_tokens"].astype(np.int64)
         patches = counts["num_view_pixels"].astype(np.int64) // patch_px**2

@@ -98,7 +98,7 @@ class Picture:
         return self._views[plan]
 
     def _keyed(self, cache: VisionCache, plan: ImagePlan) -> list[KeyedView]:
-        views = cache.views(self._content, self.size_px, plan)
+        views = cache.views(self._content, self.size_px, plan, self._reduction(plan))
         if all(view.features is not None for view in views):
             return views
         pixels = self._cut(plan)
@@ -108,13 +108,16 @@ class Picture:
         ]
 
     def _cut(self, plan: ImagePlan) -> list[np.ndarray]:
-        reduction = largest_reduction(plan, self.size_px) if self._is_reducible else 1
+        reduction = self._reduction(plan)
         return cut_views(
             self._decode(reduction),
             reduced_plan(plan, self.size_px, reduction),
             self._resample,
             fast_resize=self._shortcuts.fast_resize,
         )
+
+    def _reduction(self, plan: ImagePlan) -> int:
+        return largest_reduction(plan, self.size_px) if self._is_reducible else 1
 
     def let_go(self) -> None:
         """Forget file and pixels, not the views; they are read again if another plan needs them."""

@@ -150,6 +150,7 @@ class EpochBatches(Sampler[list[int]]):
         rng = self._rng(epoch)
         first, batches = self._cut(epoch, rng)
         batches = split_until(batches, len(self) - len(first))
+        first = _split_lists(first, len(self) - len(batches))
         batching = self.batching
         if batching.by_cost and self.sizes:
             tokens, patches = batches.loads(self.sizes, packs=batching.limits.packs)
@@ -199,6 +200,14 @@ class EpochBatches(Sampler[list[int]]):
         return first, cut(
             units, batching.limits, by_cost=by_cost, rng=rng, num_batches_window=window
         )
+
+
+def _split_lists(first: list[list[int]], num_batches: int) -> list[list[int]]:
+    """So many batches, as `split_until` has them."""
+    if len(first) >= num_batches or not first:
+        return first
+    starts = np.cumsum([0, *map(len, first[:-1])])
+    return split_until(Batches(np.concatenate(first), starts), num_batches).lists()
 
 
 def was_worst_first(run: RunDir, *, asked: bool) -> bool:

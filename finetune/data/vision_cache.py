@@ -80,11 +80,16 @@ class VisionCache:
                     self._sizes[match[1]] = int(match[2]), int(match[3])
             self._looked_at[folder] = changed
 
-    def views(self, content: str, size_px: Size, plan: ImagePlan) -> list[KeyedView]:
-        """The views of a picture, each with its features where they are kept, without pixels."""
+    def views(
+        self, content: str, size_px: Size, plan: ImagePlan, reduction: int = 1
+    ) -> list[KeyedView]:
+        """The views of a picture, each with its features where they are kept, without pixels.
+
+        `reduction` is what its edges are divided by before they are cut, which shapes the pixels.
+        """
         keyed = []
         for view in plan.views:
-            cut = xxh3_128_hexdigest(repr((view, plan.resizes, plan.canvas)).encode())
+            cut = xxh3_128_hexdigest(repr((view, plan.resizes, plan.canvas, reduction)).encode())
             key = f"{content}-{size_px[0]}x{size_px[1]}-{cut}"
             shape = (3, view.height_px, view.width_px)
             keyed.append(KeyedView(key, shape, features=self.find(key)))

@@ -162,6 +162,11 @@ def find_modules(model: Any, names: Iterable[str], model_name: str) -> list[str]
     ]
 
 
+def base_of(model: Any) -> Any:
+    """The model within PEFT's wrapper, or the model where it has none."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def name_of(model: torch.nn.Module, module: torch.nn.Module | None) -> str | None:
     """Where a module stands in the model; None for None."""
     return next((name for name, each in model.named_modules() if each is module), None)
@@ -171,7 +176,7 @@ def part_of_weight(model: Any, family: Family) -> Callable[[str], str]:
     """Gives the part of a weight by its name, wrapped by PEFT or not. What stands in neither vision
     nor connector is of language: embeddings, norms, head.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     find = part_of(family, base.config)
     return lambda name: find(name.removeprefix("base_model.model.")) or "language"
 

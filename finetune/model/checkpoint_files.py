@@ -3,7 +3,7 @@ loading the model.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,11 +103,36 @@ def stored_tensors(folder: Path, model: Any) -> dict[str, list[StoredTensor]]:
     return files
 
 
-def read_tensors(file: Path, keys: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Any]]:
-    """The tensors of a file one after the other, each in memory only while it is asked for."""
-    with safe_open(file, framework="pt") as opened:
+def copy_tensors(
+    source: Path,
+    out: Path,
+    written: Mapping[str, tuple[torch.dtype, torch.Size]],
+    change: Callable[[str, torch.Tensor], torch.Tensor],
+) -> None:
+    """Write a file of the tensors that `change` makes of those of another file, one after the
+    other: one at a time is in memory, where the library's own writing holds all, twice.
+
+    `written` says dtype and shape of each beforehand, since they stand at the head of the file.
+    Source of the format: huggingface/safetensors, README.md.
+    """
+    # the wide ones first, as the library has them: readers map them where they stand
+    keys = sorted(written, key=lambda key: (-written[key][0].itemsize, key))
+    names = {dtype: name for name, dtype in _DTYPES.items()}
+    head: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for key in keys:
+        dtype, shape = written[key]
+        start, end = end, end + shape.numel() * dtype.itemsize
+        head[key] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(head, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with safe_open(source, framework="pt") as opened, out.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
         for key in keys:
-            yield key, opened.get_tensor(key)
+            dtype, shape = written[key]
+            tensor = change(key, opened.get_tensor(key)).to(dtype)
+            assert tensor.shape == shape, f"{key}: {tensor.shape} is not {shape}"
+            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 class _Names:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from transformers.generation.streamers import BaseStreamer
 
 from finetune.data.collate import collate
 from finetune.data.examples import Example
@@ -20,9 +21,10 @@ def generate_answers(
     batch_size: int,
     packed_vision: bool = False,
     on_batch: Callable[[int], None] = lambda _num_rows: None,
+    streamer: BaseStreamer | None = None,
 ) -> list[str]:
     """The model's answer to each prompt, in the order given; `on_batch` hears how many rows each
-    batch held.
+    batch held. A `streamer` hears the tokens of a single prompt as they come.
 
     Prompts of like length go together, padded on the left. An answer ends at the end of the text or
     of the turn, and never holds an image token.
@@ -48,6 +50,7 @@ def generate_answers(
                 do_sample=False,
                 max_new_tokens=max_new_tokens,
                 **stop,
+                streamer=streamer,
             )
         new_tokens = output[:, inputs["input_ids"].shape[1] :]
         texts = tokenizer.batch_decode(new_tokens, skip_special_tokens=True)

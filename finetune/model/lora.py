@@ -25,6 +25,14 @@ def add_in_place(model: nn.Module) -> None:
             module.__class__ = in_place
 
 
+def add_apart(model: nn.Module) -> None:
+    """Undo `add_in_place`: PEFT's own layers."""
+    for module in model.modules():
+        for plain, in_place in _IN_PLACE.items():
+            if type(module) is in_place:
+                module.__class__ = plain
+
+
 class _AddsInPlace:
     """Before PEFT's class of a layer, in the order of inheritance."""
 

@@ -12,10 +12,11 @@ model, V entries of the vocabulary.
 
 import functools
 from collections.abc import Callable
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
 import torch
+from packaging.version import Version
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from trl.trainer.utils import FusedCausalLMOutput
@@ -46,14 +47,24 @@ def choose_loss_kernel(
         return "torch"
     head = model.get_output_embeddings()
     if isinstance(head, torch.nn.Linear) and not is_quantized(head):
-        is_there = torch.cuda.is_available() and find_spec("liger_kernel") is not None
-        return "liger" if setting == "liger" or is_there else "torch"
+        is_known = torch.cuda.is_available() and _has_known_liger()
+        return "liger" if setting == "liger" or is_known else "torch"
     if setting == "liger":
         raise ModelError(
             "training.loss_kernel: liger multiplies by the weight of lm_head itself, which is "
             f"{type(head).__name__} here, with weights that are trained beside it; set torch"
         )
     return "torch"
+
+
+def _has_known_liger() -> bool:
+    """Whether Liger is installed in a version whose kernel's arguments are known; see
+    `_liger_log_prob`.
+    """
+    try:
+        return Version("0.5.10") <= Version(version("liger_kernel")) < Version("0.9")
+    except PackageNotFoundError:
+        return False
 
 
 def learn_from_labels(model: Any, kernel: LossKernel = "torch") -> None:

@@ -14,10 +14,9 @@ from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
-from peft import PeftModel
 from torch.utils.checkpoint import checkpoint
 
-from finetune.model.adapters import require_grad_on_language_inputs_only
+from finetune.model.adapters import base_of, require_grad_on_language_inputs_only
 from finetune.model.kernels import (
     Device,
     Kernels,
@@ -169,7 +168,7 @@ class _EightBitState:
 def set_up_training(adapted: Any, *, checkpointing: bool) -> None:
     """What our trainer and TRL's do to a model before the first step; may be called again."""
     adapted.train()
-    base: Any = adapted.get_base_model() if isinstance(adapted, PeftModel) else adapted
+    base = base_of(adapted)
     if checkpointing:
         require_grad_on_language_inputs_only(base)
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

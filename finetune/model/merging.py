@@ -1,5 +1,5 @@
-"""An adapter put into the weights it was trained on, file by file: as much is in memory as the
-largest file holds, and the adapter.
+"""An adapter put into the weights it was trained on, tensor by tensor: in memory are the adapter
+and one weight.
 
 PEFT's own layers compute each weight, on a model that otherwise has none: it is on the meta device.
 """
@@ -13,7 +13,6 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
-from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
@@ -23,7 +22,7 @@ from finetune.model.checkpoint_files import (
     INDEX,
     StoredTensor,
     checkpoint_folder,
-    read_tensors,
+    copy_tensors,
     stored_tensors,
 )
 from finetune.model.load import load_config
@@ -127,15 +126,15 @@ class Merger:
         """
         for file, held in plan.files.items():
             on_file(file)
-            by_key = {each.key: each for each in held}
-            merged = {
-                key: self._merged(by_key[key].name, stored, plan.written[key])
-                .to(plan.dtype_of(by_key[key]))
-                .contiguous()
-                for key, stored in read_tensors(plan.source / file, by_key)
-            }
-            save_file(merged, out / file, metadata={"format": "pt"})
-            del merged
+            names = {each.key: each.name for each in held}
+            copy_tensors(
+                plan.source / file,
+                out / file,
+                {each.key: (plan.dtype_of(each), plan.written[each.key]) for each in held},
+                lambda key, stored, names=names: self._merged(
+                    names[key], stored, plan.written[key]
+                ),
+            )
         if len(plan.files) > 1:
             weight_map = {each.key: file for file, held in plan.files.items() for each in held}
             total = {"total_size": plan.num_bytes}

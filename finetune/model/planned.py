@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText
 
-from finetune.model.adapters import count_parameters
+from finetune.model.adapters import base_of, count_parameters
 from finetune.model.attention import follow_layouts
 from finetune.model.kernels import Device
 from finetune.model.load import load_config
@@ -80,7 +80,7 @@ class PlannedModel:
     def inner(self) -> Any:
         """The model without its head, which holds tower and connector."""
         model = self.adapted
-        return (model.get_base_model() if hasattr(model, "peft_config") else model).model
+        return base_of(model).model
 
     def with_training(self, recipe: Recipe) -> "PlannedModel":
         """The same weights, trained otherwise."""

@@ -24,6 +24,7 @@ from finetune.data.examples import Encoder
 from finetune.data.vision_cache import CacheWriter, VisionCache
 from finetune.errors import ModelError
 from finetune.model import vision
+from finetune.model.adapters import base_of
 from finetune.model.vision import Stage, frozen_stage
 from finetune.recipe import Recipe
 
@@ -120,7 +121,7 @@ def stage_to_keep(model: Any, recipe: Recipe) -> Stage | None:
 
 
 def _inner_of(model: Any) -> Any:
-    return (model.get_base_model() if hasattr(model, "peft_config") else model).model
+    return base_of(model).model
 
 
 def settings_key(inner: Any, encoder: Encoder, stage: Stage) -> str:
