@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForImageTextToText, GenerationConfig
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 from finetune.data.examples import Encoder
 from finetune.environment import environment
@@ -95,6 +95,7 @@ def merge(
         free_memory()
         console.print("asking the merged folder")
         model = _reloaded(temporary, plan, recipe, encoder)
+        _warn_of_lost_template(temporary, processor, console)
         said = ask(model, encoder, asked, max_new_tokens=limit)
         likeness = Likeness.of(expected, said)
         likeness.refuse_unlike(plan.dtype)
@@ -239,6 +240,17 @@ def _reloaded(folder: Path, plan: MergePlan, recipe: Recipe, encoder: Encoder) -
         )
     encoder.family.adjust_model(model)
     return model.to(best_device())
+
+
+def _warn_of_lost_template(folder: Path, processor: Any, console: Console) -> None:
+    """Some of the library's processors save a template and do not read it again."""
+    if AutoProcessor.from_pretrained(folder).chat_template != processor.chat_template:
+        console.print(
+            f"warning: the library's {type(processor).__name__} does not read its chat template "
+            "again; give chat_template.jinja of the folder to apply_chat_template yourself",
+            style="yellow",
+            soft_wrap=True,
+        )
 
 
 def _attention(recipe: Recipe) -> str | None:

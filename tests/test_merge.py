@@ -4,6 +4,7 @@ import json
 import shutil
 import weakref
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from typer.testing import CliRunner
 
 from finetune import merge as merge_verb
@@ -115,8 +116,11 @@ def test_every_familys_folder_has_the_keys_and_shapes_of_its_base(
     sections = json.loads(recipe.read_text())
     recipe.write_text(json.dumps({**sections, "images": {}}))
     made = made_run(recipe, tmp_path / "run")
-    done = merge(made.run, tmp_path / "merged", console=QUIET)
+    screen = StringIO()
+    done = merge(made.run, tmp_path / "merged", console=Console(file=screen))
     assert done.likeness
+    plain = AutoProcessor.from_pretrained(tmp_path / "merged")
+    assert (plain.chat_template is None) == ("chat template" in screen.getvalue())
     assert headers(tmp_path / "merged") == headers(base)
     assert_same(loaded(tmp_path / "merged"), merged_by_peft(made))
     written = set(done.plan.changed)
