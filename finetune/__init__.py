@@ -37,9 +37,9 @@ on that line, and from any line above it in this list; never from a line below.
     checking  check_page  preview_page
     findings  callbacks  trainer
     judging  preparation  vision_cache_plan  planning  fitting
-    requirements  resuming  verifying  answering
+    requirements  resuming  verifying  answering  serving
     tables
-    train  evaluate  merge  chat  check  preview  convert  plan
+    train  evaluate  merge  serve  chat  check  preview  convert  plan
     cli
     __main__
 """

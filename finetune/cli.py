@@ -311,6 +311,27 @@ def _weighed(text: str) -> tuple[str, float]:
 
 
 @app.command()
+def serve(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run directory, or a folder of finetune merge.")
+    ],
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    host: Annotated[str, typer.Option(help="The address to listen at.")] = "127.0.0.1",
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="FINETUNE_API_KEY", help="What clients must send as their key."),
+    ] = None,
+    allow_remote_images: Annotated[
+        bool, typer.Option(help="Fetch pictures that requests name by URL.")
+    ] = False,
+) -> None:
+    """Answer OpenAI's chat completions, images included; a run is merged once before."""
+    from finetune.serve import serve as run_serve
+
+    run_serve(run, host=host, port=port, api_key=api_key, allow_remote_images=allow_remote_images)
+
+
+@app.command()
 def report(run: RunFolder) -> None:
     """Write a run's report.html again."""
     from finetune.report import write_report
