@@ -470,6 +470,8 @@ def test_what_this_run_uses_is_not_given_up_for_what_comes_later(cache: VisionCa
     writer = CacheWriter(cache, 4 * FILE_BYTES)
     for number in range(9):
         writer.put(key(number), features(number))
+        if number < 2:
+            writer.wait()  # several threads write, in no order of theirs
     writer.close()
     assert writer.is_full
     kept = names(cache)
