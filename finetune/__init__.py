@@ -8,7 +8,7 @@ on that line, and from any line above it in this list; never from a line below.
     recipe.messages  recipe.syntax  recipe.files  recipe.fields  recipe.conflicts
     recipe.schema  recipe.loading
     recipe.copying
-    recipe  recipe.docs  rundir
+    recipe  recipe.docs  rundir  hub
     data  data.signatures  data.truncation  data.pdf  data.downloads  data.pillow  data.images
     data.views  data.packed_views
     families.family  families.idefics2  families.idefics3  families.smolvlm
@@ -37,10 +37,10 @@ on that line, and from any line above it in this list; never from a line below.
     checking  check_page  preview_page
     findings  callbacks  trainer
     judging  preparation  vision_cache_plan  planning  fitting
-    requirements  resuming  verifying  answering  serving
+    requirements  resuming  verifying  answering  serving  card
     tables
-    train  evaluate  merge  serve  chat  check  preview  convert  plan
-    cli
+    train  evaluate  merge  serve  push  chat  check  preview  convert  plan
+    cli_deploy  cli
     __main__
 """
 

@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from finetune.cli_deploy import RunFolder, deploy_app, run_folder
 from finetune.errors import FinetuneError, RecipeError
 
 app = typer.Typer(
@@ -25,12 +26,10 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(help="The shipped recipes: list, show, copy.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
+app.add_typer(deploy_app)
 
 RecipeName = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")
-]
-RunFolder = Annotated[
-    Path, typer.Argument(metavar="RUN", help="The run directory of `finetune train`.")
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -57,6 +56,8 @@ def train(
     from finetune.recipe import load_recipe
     from finetune.rundir import check_run_dir
 
+    if recipe.startswith("hub://"):
+        recipe = str(run_folder(recipe) / "recipe.yaml")
     loaded = load_recipe(recipe, overrides or ())
     if not dry_run:
         check_run_dir(loaded.output.dir, resume=resume, overwrite=overwrite)
@@ -199,13 +200,11 @@ def convert(
 @app.command(name="eval")
 def evaluate(run: RunFolder, as_json: AsJson = False) -> None:
     """Judge a run's adapter against its base on the held-out rows."""
-    from finetune.rundir import open_run_dir
-
-    open_run_dir(run)
+    folder = run_folder(run)
     from finetune.evaluate import evaluate as run_evaluate
     from finetune.tables import figures_table, results_console
 
-    judgement = run_evaluate(run)
+    judgement = run_evaluate(folder)
     if as_json:
         print(
             json.dumps(
@@ -219,116 +218,6 @@ def evaluate(run: RunFolder, as_json: AsJson = False) -> None:
     else:
         title = f"{run}: {judgement.num_rows:,} held-out rows"
         results_console().print(figures_table(title, judgement.base, judgement.adapter))
-
-
-@app.command()
-def chat(
-    run: RunFolder,
-    question: Annotated[
-        str | None, typer.Argument(help="What to ask; left out, a conversation begins.")
-    ] = None,
-    image: Annotated[
-        list[Path] | None, typer.Option(help="An image file; repeat for more.")
-    ] = None,
-    compare: Annotated[bool, typer.Option(help="Ask the base as well.")] = False,
-    data: Annotated[
-        Path | None, typer.Option(help="Answer every row of this file instead, into --out.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="A JSONL file; what is there already is kept.")
-    ] = None,
-) -> None:
-    """Ask a run's adapter one question, talk to it, or have it answer a file."""
-    if (data is None) != (out is None):
-        raise RecipeError("--data and --out go together: rows to answer, and where to")
-    if data and (question or image):
-        raise RecipeError("--data brings its own questions and images; leave the others out")
-    from finetune.rundir import open_run_dir
-
-    open_run_dir(run)
-    from finetune import chat as verb
-
-    if data and out:
-        num_rows = verb.answer_file(run, data, out, compare=compare)
-        print(f"{out}: {num_rows:,} rows answered")
-    elif question is None:
-        verb.talk(run, image or [], compare=compare)
-    else:
-        found = verb.answers(run, image or [], question, compare=compare)
-        for name, text in found.items():
-            print(f"{name}: {text}" if compare else text)
-
-
-@app.command()
-def merge(
-    run: RunFolder,
-    out: Annotated[Path, typer.Option(help="The new folder, for the merged weights.")],
-    add: Annotated[
-        list[str] | None,
-        typer.Option(metavar="RUN=WEIGHT", help="Another run's adapter on top; repeat for more."),
-    ] = None,
-    weight: Annotated[float, typer.Option(help="How much of RUN's own adapter.")] = 1.0,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; the recipe's by default.")
-    ] = None,
-    quantize: Annotated[str, typer.Option(help="nf4 or int8: save a quantised folder.")] = "none",
-    rows: Annotated[int, typer.Option(min=1, help="Rows to verify on.")] = 8,
-    dry_run: Annotated[
-        bool, typer.Option(help="Say what would be written; write nothing.")
-    ] = False,
-) -> None:
-    """Put an adapter into its base's weights, and verify that they say the same."""
-    from finetune.rundir import open_run_dir
-
-    open_run_dir(run)
-    added = [_weighed(each) for each in add or ()]
-    from finetune.merge import merge as run_merge
-    from finetune.merge import print_merged
-    from finetune.tables import results_console
-
-    merged = run_merge(
-        run,
-        out,
-        added=added,
-        weight=weight,
-        dtype=dtype,
-        quantize=quantize,
-        num_rows=rows,
-        dry_run=dry_run,
-    )
-    print_merged(merged, out, results_console())
-
-
-def _weighed(text: str) -> tuple[str, float]:
-    """`RUN=0.5` -> the run and its weight, which is 1 where none is given."""
-    run, equals, number = text.rpartition("=")
-    if not equals:
-        return text, 1.0
-    try:
-        return run, float(number)
-    except ValueError:
-        raise RecipeError(f"--add {text}: {number!r} is no number; write RUN=0.5") from None
-
-
-@app.command()
-def serve(
-    run: Annotated[
-        Path, typer.Argument(metavar="RUN", help="A run directory, or a folder of finetune merge.")
-    ],
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
-    host: Annotated[str, typer.Option(help="The address to listen at.")] = "127.0.0.1",
-    api_key: Annotated[
-        str | None,
-        typer.Option(envvar="FINETUNE_API_KEY", help="What clients must send as their key."),
-    ] = None,
-    allow_remote_images: Annotated[
-        bool, typer.Option(help="Fetch pictures that requests name by URL.")
-    ] = False,
-) -> None:
-    """Answer OpenAI's chat completions, images included; a run is merged once before."""
-    from finetune.serve import serve as run_serve
-
-    run_serve(run, host=host, port=port, api_key=api_key, allow_remote_images=allow_remote_images)
 
 
 @app.command()

@@ -42,3 +42,7 @@ def summarise_problems(
     if total > len(lines) - 1:
         lines.append(f"  ... and {total - len(lines) + 1:,} more")
     return "\n".join(lines)
+
+
+class HubError(FinetuneError, OSError):
+    """The Hub cannot be reached, or does not let in what was sent."""

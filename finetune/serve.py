@@ -2,23 +2,20 @@
 
 import contextlib
 import hashlib
-import os
 import signal
+import socket
 import sys
 from importlib.util import find_spec
-from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
-from transformers import GenerationConfig
 
 from finetune.errors import ModelError, RunDirError
 from finetune.merge import merge
 from finetune.model.load import quiet_libraries
 from finetune.preparation import cache_of
 from finetune.rundir import open_run_dir
-from finetune.serving import Gate
+from finetune.serving import Gate, Served, is_loopback
 from finetune.tables import messages_console
 
 NEEDED = ("fastapi", "uvicorn", "openai")
@@ -42,22 +39,42 @@ def serve(
         raise ModelError(
             f"finetune serve: needs {', '.join(missing)}; pip install 'vlm-recipes[serve]'"
         )
-    if not api_key and not _is_loopback(host):
+    if not api_key and not is_loopback(host):
         raise ModelError(
             f"--host {host}: would let everybody on the network ask the model; give --api-key"
         )
+    address = _bound(host, port)
     quiet_libraries()
     folder = servable(Path(path), console)
-    gate = build_gate(folder, api_key=api_key, allow_remote_images=allow_remote_images)
+    served = Served.load(folder, Path(path).resolve().name)
+    gate = Gate(served, api_key=api_key or None, allow_remote_images=allow_remote_images)
     import uvicorn
 
+    shown = f"[{host}]" if ":" in host else host
     console.print(
-        f"serving {gate.model} at http://{host}:{port}/v1 (Ctrl-C ends it)", soft_wrap=True
+        f"serving {served.name} at http://{shown}:{port}/v1 (Ctrl-C ends it)",
+        soft_wrap=True,
+        markup=False,
     )
     # uvicorn shuts down and then hands the signal on, to whoever waits for it
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    config = uvicorn.Config(gate, lifespan="off", log_level="warning", timeout_graceful_shutdown=5)
     with contextlib.suppress(KeyboardInterrupt):
-        uvicorn.run(gate, host=host, port=port, log_level="warning", timeout_graceful_shutdown=5)
+        uvicorn.Server(config).run(sockets=[address])
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """The address taken, before minutes are spent on a merge; nobody can connect to it yet."""
+    address = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    address.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        address.bind((host, port))
+    except OSError as error:
+        address.close()
+        raise RunDirError(
+            f"--host {host} --port {port}: cannot be listened at ({error.strerror}); give another"
+        ) from error
+    return address
 
 
 def servable(path: Path, console: Console) -> Path:
@@ -84,55 +101,3 @@ def servable(path: Path, console: Console) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         merge(path, folder, console=console)
     return folder
-
-
-def build_gate(
-    folder: Path, *, api_key: str | None = None, allow_remote_images: bool = False
-) -> Gate:
-    """transformers' server of this one model, loaded, behind the gate.
-
-    The current folder becomes the one that holds it, so that requests and answers name the model
-    and not where it is.
-    """
-    from transformers.cli.serving.chat_completion import ChatCompletionHandler
-    from transformers.cli.serving.completion import CompletionHandler
-    from transformers.cli.serving.model_manager import ModelManager
-    from transformers.cli.serving.response import ResponseHandler
-    from transformers.cli.serving.server import build_server
-    from transformers.cli.serving.systemone import SystemOneHandler
-    from transformers.cli.serving.transcription import TranscriptionHandler
-    from transformers.cli.serving.utils import GenerationState
-
-    folder = folder.resolve()
-    os.chdir(folder.parent)
-    manager = ModelManager(force_model=folder.name, trust_remote_code=False)
-    state = GenerationState()
-    handlers: list[Any] = [
-        kind(model_manager=manager, generation_state=state)
-        for kind in (ChatCompletionHandler, CompletionHandler, ResponseHandler, SystemOneHandler)
-    ]
-    chat, completion, response, decision = handlers
-    app = build_server(
-        manager,
-        chat,
-        completion_handler=completion,
-        response_handler=response,
-        transcription_handler=TranscriptionHandler(manager, state),
-        systemone_handler=decision,
-        generation_state=state,
-    )
-    settings = GenerationConfig.from_pretrained(folder)
-    return Gate(
-        app,  # type: ignore[arg-type]
-        folder.name,
-        api_key,
-        allow_remote_images,
-        max_new_tokens=settings.max_new_tokens,
-    )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

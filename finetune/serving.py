@@ -1,139 +1,296 @@
-"""What stands before transformers' own server: one model under one name, a key, and pictures that
-are what they say they are.
+"""A merged model behind OpenAI's chat completions: what a request may ask, what the model is given
+for it, and transformers' own server, which computes and streams the answer.
 
-transformers' server would load any model that a request names, fetch any URL, read any file, and
-answer a broken picture with a fault of its own.
+That server would load any model that a request names, fetch any URL, read any file, and answer what
+is broken with a fault of its own. So it is given neither names nor pictures, but a loaded model and
+tensors: those of `finetune chat`.
 """
 
+import asyncio
+import copy
 import hmac
 import json
-from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from time import time
-from typing import Any
+from typing import Any, Literal, cast
+from urllib.parse import urlsplit
+from uuid import uuid4
 
-from finetune.data.images import ImageAccess, decode_image, read_image_file
-from finetune.errors import DataError
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+
+from data_formats import openai
+from data_formats.chat import Conversation, FormatError, Message
+from finetune.data.collate import collate
+from finetune.data.examples import Encoder, OverlongError
+from finetune.data.images import ImageAccess
+from finetune.data.sources import Row
+from finetune.errors import DataError, ModelError
+from finetune.families import family_of
+from finetune.model.adapters import IMAGE_SETTINGS
+from finetune.model.generate import stopping
+from finetune.model.quantize import keep_weights_as_loaded
+from finetune.recipe import ImagesSection
+from finetune.rundir import read_json
 
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 CHAT, MODELS, HEALTH = "/v1/chat/completions", "/v1/models", "/health"
 MAX_BODY_BYTES = 64 * 2**20
+NUM_READERS = 2
+"""Requests whose pictures are decoded at once: a large one takes hundreds of megabytes."""
 
 
 class RefusedError(Exception):
-    """A request that is answered here, with a status and a message."""
+    """A request that is answered with a status and a message, in OpenAI's form."""
 
     def __init__(self, status: int, message: str, code: str = "invalid_request_error"):
         super().__init__(message)
         self.status, self.code = status, code
 
 
-@dataclass
-class Gate:
-    """An ASGI application that lets through to `app` what it may be asked.
-
-    `model` is the one name that is served, under which `app` knows it too. Errors have OpenAI's
-    form.
+class Asked(BaseModel):
+    """What a request may hold. Fields that would change the answer and are not carried out have to
+    say nothing; those after `n` are about other things.
     """
 
-    app: App
+    model_config = ConfigDict(extra="forbid")
+
     model: str
-    api_key: str | None = None
-    allow_remote_images: bool = False
-    max_new_tokens: int | None = None
-    """Of an answer whose request sets no limit; the server's own is 1,024."""
-    access: ImageAccess = field(default_factory=lambda: ImageAccess(Path.cwd()))
+    messages: list[Any]
+    stream: bool = False
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    presence_penalty: float | None = Field(default=None, ge=0, le=0)
+    frequency_penalty: float | None = Field(default=None, ge=0, le=0)
+    response_format: dict[Literal["type"], Literal["text"]] | None = None
+    logprobs: Literal[False] | None = None
+    n: Literal[1] | None = None
+    stream_options: Any = None
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+
+    @classmethod
+    def of_body(cls, data: bytes) -> "Asked":
+        """Raises `RefusedError`."""
+        try:
+            body = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise RefusedError(400, f"the body is not JSON: {error}") from error
+        if not isinstance(body, dict):
+            raise RefusedError(400, "the body must be a JSON object with 'model' and 'messages'")
+        try:
+            # clients write null or [] for what they do not ask
+            return cls(**{key: value for key, value in body.items() if value not in (None, [])})
+        except ValidationError as error:
+            faults = [
+                f"{'.'.join(map(str, each['loc']))} is not served; leave it out"
+                if each["type"] == "extra_forbidden"
+                else f"{'.'.join(map(str, each['loc']))}: {each['msg']}"
+                for each in error.errors()
+            ]
+            raise RefusedError(400, "; ".join(faults)) from error
+
+    def conversation(self, *, allow_remote_images: bool) -> Conversation:
+        """Raises `RefusedError`."""
+        try:
+            found = openai.parse({"messages": self.messages})
+        except FormatError as error:
+            raise RefusedError(400, str(error)) from error
+        if found.messages[-1].role != "user":
+            raise RefusedError(400, "the last message must be the user's")
+        schemes = ("data:", "http://", "https://") if allow_remote_images else ("data:",)
+        for image in found.images():
+            if not str(image.source).lower().startswith(schemes):
+                raise RefusedError(
+                    400,
+                    f"{str(image.source)[:60]!r} is no data URI, and pictures from elsewhere are "
+                    "not fetched; send data:image/png;base64,...",
+                )
+        return found
+
+
+@dataclass(frozen=True)
+class Served:
+    """A merged model, loaded, with the image settings and prompts of its training."""
+
+    name: str
+    model: Any
+    encoder: Encoder
+    generation: GenerationConfig
+
+    @classmethod
+    def load(cls, folder: Path, name: str) -> "Served":
+        """The model of a folder, stored in 4 or 8 bits or not. Raises `ModelError`."""
+        config = AutoConfig.from_pretrained(folder)
+        family = family_of(config)
+        if family is None:
+            raise ModelError(f"{folder}: model_type {config.model_type!r} is not supported")
+        family.adjust_config(config)
+        processor = family.build_processor(
+            lambda kind: cast(Any, kind or AutoProcessor).from_pretrained(folder), config
+        )
+        template = folder / "chat_template.jinja"
+        if processor.chat_template is None and template.is_file():
+            # some of the library's processors save a template and do not read it again
+            processor.chat_template = template.read_text(encoding="utf-8")
+        settings = folder / IMAGE_SETTINGS
+        trained = read_json(settings) if settings.is_file() else {}
+        own = family.own_images(processor)
+        images = ImagesSection(**{key: trained.get(key) or value for key, value in own.items()})
+        family.set_images(processor, images)
+        model: Any = AutoModelForImageTextToText.from_pretrained(
+            folder, config=config, dtype="auto", device_map="auto", use_safetensors=True
+        )
+        family.adjust_model(model)
+        keep_weights_as_loaded(model)
+        model.eval()
+        generation = copy.deepcopy(model.generation_config)
+        generation.update(**stopping(model, processor, family))
+        longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+        return cls(name, model, Encoder(processor, family, images, longest), generation)
+
+    def inputs(self, conversation: Conversation, access: ImageAccess) -> dict[str, torch.Tensor]:
+        """What the model is asked, as `finetune chat` asks it. Raises `RefusedError`."""
+        open_ended = Conversation((*conversation.messages, Message("assistant", ())))
+        try:
+            prompt = self.encoder.encode_prompt(Row("the request", open_ended, access))
+        except OverlongError as error:
+            raise RefusedError(
+                400, f"the request is longer than the {self.encoder.max_tokens:,} tokens it may be"
+            ) from error
+        except DataError as error:
+            raise RefusedError(400, str(error)) from error
+        processor, family = self.encoder.processor, self.encoder.family
+        batch = collate([prompt], processor, family, padding_side="left")
+        del batch["labels"]
+        return {name: tensor.to(self.model.device) for name, tensor in batch.items()}
+
+    def settings(self, asked: Asked) -> GenerationConfig:
+        """Greedy, as the training judged it, unless a temperature is asked for."""
+        found = copy.deepcopy(self.generation)
+        if limit := asked.max_completion_tokens or asked.max_tokens:
+            found.max_new_tokens = limit
+        if asked.temperature:
+            found.update(do_sample=True, temperature=asked.temperature, top_p=asked.top_p or 1.0)
+        return found
+
+
+class Gate:
+    """An ASGI application: the routes, the key, and each request read before it is computed.
+
+    Without a key, requests of web pages are refused, which a browser on this machine would send.
+    Source: asgi.readthedocs.io, HTTP & WebSocket protocol, version 2.3.
+    """
+
+    def __init__(
+        self, served: Served, *, api_key: str | None = None, allow_remote_images: bool = False
+    ):
+        from transformers.cli.serving.chat_completion import ChatCompletionHandler
+        from transformers.cli.serving.model_manager import ModelManager
+        from transformers.cli.serving.utils import GenerateManager, GenerationState
+
+        self.served = served
+        self.api_key = api_key
+        self.access = ImageAccess(Path.cwd(), allow_urls=allow_remote_images)
+        self._handler = ChatCompletionHandler(ModelManager(), GenerationState())
+        self._thread = GenerateManager()
+        self._readers = ThreadPoolExecutor(NUM_READERS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Source: asgi.readthedocs.io, HTTP & WebSocket protocol, version 2.3."""
-        if scope["type"] == "lifespan":
-            await self.app(scope, receive, send)
-            return
+        """Answer one request."""
         if scope["type"] != "http":
             return
         try:
-            await self._let_through(scope, receive, send)
+            answer = await self._answer(scope, receive)
         except RefusedError as error:
             body = {"message": str(error), "type": error.code, "code": error.status}
-            await _answer(send, error.status, {"error": body})
+            answer = _json(error.status, {"error": body})
+        await answer(scope, receive, send)
 
-    async def _let_through(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _answer(self, scope: Scope, receive: Receive) -> Any:
         path, method = scope["path"], scope["method"]
         if path == HEALTH:
-            await self.app(scope, receive, send)
-            return
-        self._check_key(scope)
-        if (path, method) == (MODELS, "GET"):
-            served = {"id": self.model, "object": "model", "created": int(time())}
-            listed = [served | {"owned_by": "vlm-recipes"}]
-            await _answer(send, 200, {"object": "list", "data": listed})
-        elif (path, method) == (CHAT, "POST"):
-            body = self._checked(await _whole_body(receive))
-            await self.app(scope, _again(json.dumps(body).encode(), receive), send)
-        else:
-            raise RefusedError(404, f"{method} {path} is not served; there are {CHAT} and {MODELS}")
-
-    def _check_key(self, scope: Scope) -> None:
-        if self.api_key is None:
-            return
+            return _json(200, {"status": "ok"})
         headers = {name.lower(): value for name, value in scope["headers"]}
-        given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
-        if not hmac.compare_digest(given, self.api_key.encode()):
-            raise RefusedError(401, "the API key is missing or wrong", "authentication_error")
+        self._check_sender(headers)
+        if (method, path) == ("POST", CHAT):
+            return await self._completion(await _whole_body(receive))
+        name = self.served.name
+        listed = {"id": name, "object": "model", "created": int(time()), "owned_by": "vlm-recipes"}
+        if (method, path) == ("GET", MODELS):
+            return _json(200, {"object": "list", "data": [listed]})
+        if (method, path) == ("GET", f"{MODELS}/{name}"):
+            return _json(200, listed)
+        raise RefusedError(404, f"{method} {path} is not served; there are {CHAT} and {MODELS}")
 
-    def _checked(self, data: bytes) -> dict[str, Any]:
-        """The body of a request for an answer, which names the model as `app` knows it."""
-        try:
-            body = json.loads(data)
-        except ValueError as error:
-            raise RefusedError(400, f"the body is not JSON: {error}") from error
-        if not isinstance(body, dict) or not isinstance(body.get("messages"), list):
-            raise RefusedError(400, "the body has no list of messages")
-        if (asked := body.get("model", self.model)) != self.model:
-            message = f"there is no model {asked!r}; {self.model} is served"
-            raise RefusedError(404, message, "model_not_found")
-        for url in _image_urls(body["messages"]):
-            self._check_image(url)
-        # nothing else of the server's own: not another configuration, not code of a template's
-        for name in ("generation_config", "chat_template_kwargs", "tools"):
-            if body.pop(name, None):
-                raise RefusedError(400, f"{name} is not served")
-        if not body.get("max_tokens") and not body.get("max_completion_tokens"):
-            body["max_tokens"] = self.max_new_tokens
-        return body | {"model": self.model}
-
-    def _check_image(self, url: Any) -> None:
-        if not isinstance(url, str):
-            raise RefusedError(400, "an image_url has no url")
-        if url[:8].lower().startswith(("http://", "https://")) and self.allow_remote_images:
+    def _check_sender(self, headers: dict[bytes, bytes]) -> None:
+        if self.api_key is not None:
+            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+            right = hmac.compare_digest(given.strip(), self.api_key.encode())
+            if scheme.lower() != b"bearer" or not right:
+                raise RefusedError(401, "the API key is missing or wrong", "authentication_error")
             return
-        if not url.lower().startswith("data:"):
-            raise RefusedError(
-                400,
-                f"{url[:60]!r} is no data URI, and pictures from elsewhere are not fetched; send "
-                "data:image/png;base64,...",
-            )
-        try:
-            decode_image(*read_image_file(url, self.access), self.access)
-        except DataError as error:
-            raise RefusedError(400, f"{error}") from error
+        origin = headers.get(b"origin", b"").decode("latin-1")
+        for url in (f"//{headers.get(b'host', b'').decode('latin-1')}", origin):
+            if url.strip("/") and not _names_this_machine(url):
+                raise RefusedError(
+                    403, f"{url.strip('/')!r} is another machine; serve with --api-key for that"
+                )
+
+    async def _completion(self, data: bytes) -> Any:
+        loop = asyncio.get_running_loop()
+        asked, inputs = await loop.run_in_executor(self._readers, self._read, data)
+        if asked.seed is not None:
+            torch.manual_seed(asked.seed)
+        serve = self._handler._streaming if asked.stream else self._handler._non_streaming
+        answer: Any = serve(
+            f"chatcmpl-{uuid4().hex}",
+            self.served.model,
+            self.served.encoder.processor,
+            self.served.name,
+            inputs,
+            self.served.settings(asked),
+            gen_manager=self._thread,
+        )
+        return answer if asked.stream else await answer
+
+    def _read(self, data: bytes) -> tuple[Asked, dict[str, torch.Tensor]]:
+        asked = Asked.of_body(data)
+        if asked.model != self.served.name:
+            message = f"there is no model {asked.model!r}; {self.served.name} is served"
+            raise RefusedError(404, message, "model_not_found")
+        conversation = asked.conversation(allow_remote_images=self.access.allow_urls)
+        return asked, self.served.inputs(conversation, self.access)
 
 
-def _image_urls(messages: list[Any]) -> Iterator[Any]:
-    for message in messages:
-        content = message.get("content") if isinstance(message, dict) else None
-        for part in content if isinstance(content, list) else ():
-            kind = part.get("type") if isinstance(part, dict) else None
-            if kind == "image_url":
-                value = part.get("image_url")
-                yield value.get("url") if isinstance(value, dict) else value
-            elif kind != "text":
-                raise RefusedError(400, f"a part of type {kind!r}; expected text or image_url")
+def is_loopback(host: str) -> bool:
+    """Whether a name or address is this machine's own, which no other can reach."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _names_this_machine(url: str) -> bool:
+    try:
+        return is_loopback(urlsplit(url).hostname or "")
+    except ValueError:
+        return False
 
 
 async def _whole_body(receive: Receive) -> bytes:
@@ -149,21 +306,7 @@ async def _whole_body(receive: Receive) -> bytes:
             return bytes(body)
 
 
-def _again(body: bytes, receive: Receive) -> Receive:
-    """The body once more, and whatever comes after it: the client that hangs up."""
-    is_told = False
+def _json(status: int, value: Any) -> Any:
+    from starlette.responses import JSONResponse
 
-    async def received() -> dict[str, Any]:
-        nonlocal is_told
-        if is_told:
-            return await receive()
-        is_told = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return received
-
-
-async def _answer(send: Send, status: int, value: Any) -> None:
-    headers = [(b"content-type", b"application/json")]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": json.dumps(value).encode()})
+    return JSONResponse(value, status_code=status)
