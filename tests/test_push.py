@@ -189,7 +189,7 @@ def test_an_adapter_on_the_hub_is_a_run(
     merged = runner.invoke(app, ["merge", "hub://user/name@main", "--out", "merged"])
     assert merged.exception is None
     assert Path("merged/model.safetensors").is_file()
-    with pytest.raises(RecipeError, match="train.jsonl"):
+    with pytest.raises(RecipeError, match=r"train\.jsonl"):
         runner.invoke(app, ["train", "hub://user/name"], catch_exceptions=False)
     trained = ["train", "hub://user/name", "--dry-run"]
     data = [f"data.{part}=[{{path: {tmp_path}/eval.jsonl}}]" for part in ("train", "eval")]
