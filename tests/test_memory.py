@@ -191,6 +191,19 @@ def test_values_of_the_batch_are_known_and_those_of_weights_are_not() -> None:
             weight[meta].sum().item()
 
 
+def test_values_are_let_go_of_with_their_tensor() -> None:
+    """Or a tensor that comes to stand where another stood would seem to have its values."""
+    live = LiveBytes()
+    ids = torch.tensor([3, 7, 7])
+    meta = torch.empty_like(ids, device="meta")
+    live.give_values(meta, ids)
+    with live:
+        chosen = meta[meta == 7]  # by numbers that nobody holds afterwards
+        assert len(live._values) == 2
+        del chosen, meta
+        assert not live._values
+
+
 def test_gradients_that_are_added_to_are_there_from_the_beginning() -> None:
     case = Case("idefics2", 0, 1, checkpointing=False, num_tokens=64)
     model, batch = build(case, "meta"), batch_of(case, config_of(case.family))

@@ -89,7 +89,10 @@ class LiveBytes(TorchDispatchMode):
         assert tensor.shape == values.shape
         same = torch.empty_strided(tensor.shape, tensor.stride(), dtype=values.dtype, device="cpu")
         same.copy_(values)
-        self._values[tensor.untyped_storage()._cdata] = same.untyped_storage()
+        storage = tensor.untyped_storage()
+        self._values[storage._cdata] = same.untyped_storage()
+        # another storage may come to stand at the same address
+        weakref.finalize(storage, _let_go_of_values, weakref.ref(self), storage._cdata)
 
     @contextmanager
     def of_term(self, term: str) -> Iterator[None]:
@@ -131,7 +134,6 @@ class LiveBytes(TorchDispatchMode):
     def _forget(self, key: int) -> None:
         term, size = self._known.pop(key)
         self.live[term] -= size
-        self._values.pop(key, None)
 
     def _run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """The operation on shapes, and on values where all that goes into it has some."""
@@ -273,6 +275,11 @@ def _most_made(tensor: torch.Tensor) -> int:
 def _let_go(counter: "weakref.ref[LiveBytes]", key: int) -> None:
     if (alive := counter()) is not None:
         alive._forget(key)
+
+
+def _let_go_of_values(counter: "weakref.ref[LiveBytes]", key: int) -> None:
+    if (alive := counter()) is not None:
+        alive._values.pop(key, None)
 
 
 @contextmanager
