@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, HfApi, ModelInfo
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -187,9 +187,17 @@ def _upload(
     console: Console,
 ) -> str:
     api.whoami()  # or a missing token would look like a missing repository
-    is_new = not _is_there(api, repo)
-    if is_new:
+    held = _held(api, repo)
+    is_new = held is None
+    if held is None:
         api.create_repo(repo, private=True, exist_ok=True)
+    elif private and not held.private:
+        raise HubError(
+            f"{repo} exists and is public, so that --private would not keep this private; make it "
+            "private on its page, or take another --to"
+        )
+    else:
+        console.print(f"{repo} exists; what differs is one more commit on {revision}")
     if revision != "main":
         api.create_branch(repo, branch=revision, exist_ok=True)
     operations = [CommitOperationAdd(name, held) for name, held in files.items()]
@@ -202,12 +210,11 @@ def _upload(
     return done.oid
 
 
-def _is_there(api: HfApi, repo: str) -> bool:
+def _held(api: HfApi, repo: str) -> ModelInfo | None:
     try:
-        api.model_info(repo)
+        return api.model_info(repo)
     except RepositoryNotFoundError:
-        return False
-    return True
+        return None
 
 
 @contextmanager

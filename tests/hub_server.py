@@ -1,4 +1,6 @@
-"""A small Hub on loopback, for the real client: repositories, one commit at a time, large files.
+"""A small Hub on loopback, for the real client: models and datasets, commits, large files.
+
+A dataset's repository is named `datasets/USER/NAME`.
 
 What it answers is what huggingface_hub 1.x and 2.x ask; see huggingface_hub/_commit_api.py and
 huggingface_hub/file_download.py.
@@ -48,6 +50,9 @@ class Hub(ThreadingHTTPServer):
         self.token, self.user = token, user
         self.repos: dict[str, Repo] = {}
         self.blobs: dict[str, bytes] = {}
+        self.part_bytes: int | None = None
+        """Where set, large files come in parts of so many bytes."""
+        self.parts: dict[tuple[str, int], bytes] = {}
         self.asked: list[tuple[str, str]] = []
         self.fault: Callable[[str, str], int | None] = lambda _method, _path: None
         """A status to answer instead, or 0 to hang up."""
@@ -80,15 +85,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def answer(self) -> None:
         address = urlsplit(self.path)
-        path, self.query = unquote(address.path), parse_qs(address.query)
+        path = unquote(address.path).replace("/api/datasets/", "/api/models/datasets/")
         self.hub.asked.append((self.command, path))
         fault = self.hub.fault(self.command, path)
         if fault == 0:
             self.close_connection = True
             self.connection.close()
             return
-        length = int(self.headers.get("Content-Length") or 0)
-        self.body = self.rfile.read(length)
+        self.body = self.read_body()
         if fault:
             self.send(fault, {"error": "as asked for"})
             return
@@ -98,6 +102,16 @@ class _Handler(BaseHTTPRequestHandler):
                 getattr(self, name)(*match.groups())
                 return
         self.send(404, {"error": f"no {self.command} {path}"})
+
+    def read_body(self) -> bytes:
+        if "chunked" not in self.headers.get("Transfer-Encoding", ""):
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        data = b""
+        while size := int(self.rfile.readline(), 16):
+            data += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return data
 
     do_GET = do_HEAD = do_POST = do_PUT = answer
 
@@ -187,9 +201,16 @@ class _Handler(BaseHTTPRequestHandler):
             return
         told = []
         for each in json.loads(self.body)["objects"]:
-            upload = {"href": f"{self.hub.url}/blobs/{each['oid']}"}
-            actions = {} if each["oid"] in self.hub.blobs else {"actions": {"upload": upload}}
-            told.append({"oid": each["oid"], "size": each["size"], **actions})
+            oid, size, part = each["oid"], each["size"], self.hub.part_bytes
+            upload: dict[str, Any] = {"href": f"{self.hub.url}/blobs/{oid}"}
+            if part:
+                numbers = range(1, -(-size // part) + 1)
+                urls = {str(i): f"{self.hub.url}/parts/{oid}/{i}" for i in numbers}
+                upload["header"] = {"chunk_size": str(part), **urls}
+            verify = {"href": f"{self.hub.url}/verify"}
+            actions = {"actions": {"upload": upload, "verify": verify}}
+            is_held = oid in self.hub.blobs
+            told.append({"oid": oid, "size": size, **({} if is_held else actions)})
         self.send(200, {"transfer": "basic", "objects": told})
 
     def put_blob(self, oid: str) -> None:
@@ -198,6 +219,36 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self.hub.blobs[oid] = self.body
         self.send(200, {})
+
+    def put_part(self, oid: str, number: str) -> None:
+        self.hub.parts[oid, int(number)] = self.body
+        self.send(200, {}, ETag=f'"{_sha256(self.body)}"')
+
+    def complete(self, oid: str) -> None:
+        """Parts put together, if the client tells the tags that it was given for them."""
+        told = json.loads(self.body)["parts"]
+        held = [self.hub.parts[oid, each["partNumber"]] for each in told]
+        tags = [f'"{_sha256(data)}"' for data in held]
+        self.body = b"".join(held)
+        if tags == [each["etag"] for each in told]:
+            self.put_blob(oid)
+        else:
+            self.send(400, {"error": "other tags"})
+
+    def verify(self) -> None:
+        asked = json.loads(self.body)
+        held = self.hub.blobs.get(asked["oid"])
+        is_whole = held is not None and len(held) == asked["size"]
+        self.send(200 if is_whole else 404, {})
+
+    def commits(self, name: str, branch: str) -> None:
+        if repo := self.found(name):
+            about = {"authors": [{"user": self.hub.user}], "date": "2026-01-01T00:00:00.000Z"}
+            told = [
+                {"id": f"{i:040x}", "title": title, "message": "", **about}
+                for i, title in enumerate(repo.commits)
+            ]
+            self.send(200, told[::-1])
 
     def commit(self, name: str, branch: str) -> None:
         if not ((repo := self.found(name)) and self.may_write(name)):
@@ -231,15 +282,22 @@ class _Handler(BaseHTTPRequestHandler):
         )
 
     def tree(self, name: str, revision: str, folder: str | None = None) -> None:
+        if not (repo := self.found(name)):
+            return
+        branch = repo.branch(revision)
+        held = repo.branches[branch] if branch else {}
+        start = f"{folder}/" if folder else ""
+        inside = {path: held[path] for path in held if path.startswith(start)}
+        if folder and not inside:
+            self.send(404, {"error": "x"}, X_Error_Code="EntryNotFound")
+        else:
+            self.send(200, [_entry(path, data) for path, data in inside.items()])
+
+    def paths_info(self, name: str, revision: str) -> None:
         if (repo := self.found(name)) and (branch := repo.branch(revision)):
-            if folder:  # no repository here has one
-                self.send(404, {"error": "x"}, X_Error_Code="EntryNotFound")
-                return
-            entries = [
-                {"type": "file", "path": path, "size": len(data), "oid": _git_sha(data)}
-                for path, data in repo.branches[branch].items()
-            ]
-            self.send(200, entries)
+            paths = parse_qs(self.body.decode())["paths"]
+            held = repo.branches[branch]
+            self.send(200, [_entry(path, held[path]) for path in paths if path in held])
 
     def resolve(self, name: str, revision: str, path: str) -> None:
         if not (repo := self.found(name)):
@@ -251,8 +309,22 @@ class _Handler(BaseHTTPRequestHandler):
             sha = {"X_Repo_Commit": repo.sha(branch)} if branch else {}
             self.send(404, {"error": "x"}, X_Error_Code=code, **sha)
             return
-        tag = f'"{_git_sha(data)}"'
-        self.send(200, data, ETag=tag, X_Repo_Commit=repo.sha(str(branch)))
+        about = {"ETag": f'"{_git_sha(data)}"', "X_Repo_Commit": repo.sha(str(branch))}
+        if len(data) >= LARGE:
+            about |= {"X_Linked_Etag": f'"{_sha256(data)}"', "X_Linked_Size": str(len(data))}
+        if part := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            first, last = int(part[1]), min(int(part[2] or len(data)), len(data) - 1)
+            about["Content_Range"] = f"bytes {first}-{last}/{len(data)}"
+            self.send(206, data[first : last + 1], **about)
+        else:
+            self.send(200, data, **about)
+
+
+def _entry(path: str, data: bytes) -> dict[str, Any]:
+    entry = {"type": "file", "path": path, "size": len(data), "oid": _git_sha(data)}
+    if len(data) >= LARGE:
+        entry["lfs"] = {"oid": _sha256(data), "size": len(data), "pointerSize": 130}
+    return entry
 
 
 def _sha256(data: bytes) -> str:
@@ -263,7 +335,7 @@ def _git_sha(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-_REPO = r"([^/]+/[^/]+)"
+_REPO = r"((?:datasets/)?[^/]+/[^/]+)"
 _ROUTES = (
     ("GET", "/api/whoami-v2", "whoami"),
     ("POST", "/api/repos/create", "create"),
@@ -273,7 +345,12 @@ _ROUTES = (
     ("POST", f"/api/models/{_REPO}/preupload/(.+)", "preupload"),
     ("POST", rf"/{_REPO}\.git/info/lfs/objects/batch", "batch"),
     ("PUT", "/blobs/(.+)", "put_blob"),
+    ("PUT", r"/parts/([^/]+)/(\d+)", "put_part"),
+    ("POST", "/blobs/(.+)", "complete"),
+    ("POST", "/verify", "verify"),
     ("POST", f"/api/models/{_REPO}/commit/(.+)", "commit"),
+    ("GET", f"/api/models/{_REPO}/commits/(.+)", "commits"),
+    ("POST", f"/api/models/{_REPO}/paths-info/(.+)", "paths_info"),
     ("GET", f"/api/models/{_REPO}", "info"),
     ("GET", f"/api/models/{_REPO}/revision/(.+)", "info"),
     ("GET", f"/api/models/{_REPO}/tree/([^/]+)(?:/(.+))?", "tree"),

@@ -1,5 +1,6 @@
 """Runs pushed by the real client to a small Hub on loopback, and used as their cards say."""
 
+import io
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from huggingface_hub import HfApi
 from peft import PeftModel
 from rich.console import Console
 from transformers import AutoModelForImageTextToText
@@ -216,6 +218,30 @@ def test_private_stays_private_and_a_branch_is_made(made: Made, hub: Hub) -> Non
     assert "README.md" in files_of(hub)
 
 
+def test_a_repository_that_exists_is_told_of(made: Made, hub: Hub) -> None:
+    push(made.run, "user/name", console=QUIET)
+    write_jsonl(RunDir(made.run).metrics, [{"step": 1, "loss": 9.0}])
+    told = io.StringIO()
+    push(made.run, "user/name", console=Console(file=told))
+    assert "user/name exists; what differs is one more commit on main" in told.getvalue()
+    commits = HfApi(endpoint=hub.url).list_repo_commits("user/name")
+    assert [each.title for each in commits] == ["Upload by finetune push"] * 2
+    before = len(hub.asked)
+    with pytest.raises(HubError, match="exists and is public"):
+        push(made.run, "user/name", private=True, console=QUIET)
+    assert all(method == "GET" for method, _ in hub.asked[before:])
+
+
+def test_large_files_are_sent_in_parts_and_verified(made: Made, hub: Hub) -> None:
+    hub.part_bytes = 4096
+    push(made.run, "user/name", console=QUIET)
+    name = "adapter_model.safetensors"
+    weights = (made.run / "adapter" / name).read_bytes()
+    assert files_of(hub)[name] == weights
+    assert len(hub.parts) >= len(weights) / 4096
+    assert ("POST", "/verify") in hub.asked
+
+
 def refusal(path: str, status: int, method: str = "POST") -> Callable[[str, str], int | None]:
     return lambda asked, at: status if asked == method and path in at else None
 
@@ -227,6 +253,7 @@ def refusal(path: str, status: int, method: str = "POST") -> Callable[[str, str]
         (refusal("/whoami", 401, "GET"), "does not know the token"),
         (refusal("/commit/", 500), "the same command goes on"),
         (refusal("/blobs/", 0, "PUT"), "the same command goes on"),
+        (refusal("/verify", 500), "the same command goes on"),
     ],
 )
 def test_a_push_that_breaks_off_leaves_nothing_half_public(
