@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import PurePosixPath
 from typing import Any, cast
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -290,8 +291,14 @@ class _Handler(BaseHTTPRequestHandler):
         inside = {path: held[path] for path in held if path.startswith(start)}
         if folder and not inside:
             self.send(404, {"error": "x"}, X_Error_Code="EntryNotFound")
-        else:
-            self.send(200, [_entry(path, data) for path, data in inside.items()])
+            return
+        parents = {str(each) for path in inside for each in PurePosixPath(path).parents}
+        below = sorted(each for each in parents if each != "." and each.startswith(start))
+        entries = [{"type": "directory", "path": each, "oid": "0" * 40} for each in below]
+        entries += [_entry(path, data) for path, data in inside.items()]
+        if "recursive=true" not in self.path.lower():
+            entries = [each for each in entries if "/" not in each["path"][len(start) :]]
+        self.send(200, entries)
 
     def paths_info(self, name: str, revision: str) -> None:
         if (repo := self.found(name)) and (branch := repo.branch(revision)):
