@@ -4,7 +4,7 @@ Nothing in it is of one machine: files are named without their folders, and no r
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -187,13 +187,11 @@ def _image_settings(recipe: Recipe) -> str:
 
 
 def _training(recipe: Recipe, summary: Mapping[str, Any], made_with: Mapping[str, Any]) -> str:
-    def named(sources: Any) -> str:
-        shown = [source.hub or Path(str(source.path)).name for source in sources]
-        return ", ".join(f"`{each}`" for each in shown) or "none"
-
+    # held-out rows may have been drawn from the entries that are trained on
+    held_out = recipe.data.eval or recipe.data.train
     rows = [
-        ("training data", f"{named(recipe.data.train)}: {summary.get('num_train_rows', 0):,} rows"),
-        ("held-out data", f"{named(recipe.data.eval)}: {summary.get('num_eval_rows', 0):,} rows"),
+        ("training data", _data(recipe.data.train, summary, "train")),
+        ("held-out data", _data(held_out, summary, "eval")),
         ("parts trained", ", ".join(recipe.adapter.parts)),
         ("method", f"{recipe.adapter.method}, rank {recipe.adapter.rank}"),
     ]
@@ -212,6 +210,25 @@ def _training(recipe: Recipe, summary: Mapping[str, Any], made_with: Mapping[str
     rows.append(("versions", ", ".join(f"{each} {made_with[each]}" for each in versions)))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return f"## Training\n\n| | |\n| --- | --- |\n{table}\n\nEnergy and carbon were not measured."
+
+
+def _data(sources: Sequence[DataSource], summary: Mapping[str, Any], part: str) -> str:
+    """Each source with the number of its rows; all together where they are not known one by one."""
+    total = summary.get(f"num_{part}_rows", 0)
+    if not total:
+        return "none"
+    names = [f"`{_source_name(source)}`" for source in sources]
+    counts = summary.get(f"{part}_rows_by_source", [])
+    if len(counts) != len(names):
+        return f"{', '.join(names)}: {total:,} rows"
+    each = [f"{name}: {count:,} rows" for name, count in zip(names, counts, strict=True)]
+    return "; ".join([*each, f"together {total:,}"] if len(each) > 1 else each)
+
+
+def _source_name(source: DataSource) -> str:
+    if not source.hub:
+        return Path(str(source.path)).name
+    return " ".join(filter(None, (source.hub, source.config, source.split, source.revision)))
 
 
 def _licence(publication: Publication) -> str:

@@ -206,15 +206,7 @@ def evaluate(run: RunFolder, as_json: AsJson = False) -> None:
 
     judgement = run_evaluate(folder)
     if as_json:
-        print(
-            json.dumps(
-                {
-                    "base": judgement.base,
-                    "adapter": judgement.adapter,
-                    "num_eval_rows": judgement.num_rows,
-                }
-            )
-        )
+        print(json.dumps(judgement.figures()))
     else:
         title = f"{run}: {judgement.num_rows:,} held-out rows"
         results_console().print(figures_table(title, judgement.base, judgement.adapter))

@@ -23,17 +23,24 @@ def evaluate(path: str | Path, *, console: Console | None = None) -> Judgement:
     console = console or messages_console()
     quiet_libraries()
     run = open_run_dir(path)
-    recipe = load_recipe(run.recipe)
+    # a file that is missing is told of where it is opened: those trained on are not all needed
+    recipe = load_recipe(run.recipe, check_paths=False)
     if not recipe.data.eval and not recipe.data.eval_fraction:
         raise DataError(
             f"{run.recipe}: data.eval is empty, so there is nothing to judge on; name held-out "
             "rows there"
         )
+    known = read_json(run.environment).get("rows_sha256") if run.environment.is_file() else None
+    if recipe.data.eval_fraction and known is None:
+        raise DataError(
+            f"{path}: its held-out rows were drawn from the training data (data.eval_fraction), "
+            "and it does not say which data that was, so that trained rows could be judged as held "
+            "out; evaluate the run where it was trained"
+        )
     encoder = load_encoder(recipe, console)
     sides = sides_of_run(recipe, run.adapter, encoder)
     held_out = prepare_held_out(recipe, encoder, cache_of(run.path), console)
     assert held_out
-    known = read_json(run.environment).get("rows_sha256") if run.environment.is_file() else None
     if recipe.data.eval_fraction and held_out.examination.digest() != known:
         raise DataError(
             f"{path}: the data files have changed since the training, so that rows it was trained "
@@ -41,11 +48,7 @@ def evaluate(path: str | Path, *, console: Console | None = None) -> Judgement:
         )
     judgement = judge(sides, held_out.rows, recipe.evaluation, run, console)
     summary = read_json(run.summary) if run.summary.is_file() else {}
-    summary |= {
-        "base": judgement.base,
-        "adapter": judgement.adapter,
-        "num_eval_rows": judgement.num_rows,
-    }
-    write_json(run.summary, summary)
+    by_source = held_out.rows[: judgement.num_rows].num_of_sources()
+    write_json(run.summary, summary | judgement.figures() | {"eval_rows_by_source": by_source})
     write_report(run)
     return judgement

@@ -38,6 +38,14 @@ class Judgement:
     adapter: dict[str, float]
     num_rows: int
 
+    def figures(self) -> dict[str, Any]:
+        """As they stand in `summary.json`."""
+        return {
+            "base": self.base,
+            "adapter": self.adapter,
+            "num_eval_rows": self.num_rows,
+        }
+
 
 @dataclass(frozen=True)
 class Side:

@@ -1,5 +1,6 @@
 """`finetune train`: a recipe becomes a run directory."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -281,13 +282,9 @@ def _judge_and_report(
     write_json(
         run.summary,
         _training_figures(run)
+        | judgement.figures()
+        | _rows_by_source(prepared, judgement, streamed)
         | {
-            "base": judgement.base,
-            "adapter": judgement.adapter,
-            "num_eval_rows": judgement.num_rows,
-            "num_train_rows": len(prepared.train.rows)
-            if prepared.train
-            else streamed.get("trained", 0),
             "num_skipped_rows": prepared.num_left_out() + streamed.get("left out", 0),
             "peak_memory_gib": round(peak_memory_gib(), 3),
             "trainable_parameters": done.trainable,
@@ -297,6 +294,20 @@ def _judge_and_report(
     )
     write_report(run)
     print_summary(run, results)
+
+
+def _rows_by_source(
+    prepared: Prepared, judgement: Judgement, streamed: Mapping[str, int]
+) -> dict[str, Any]:
+    """How many rows were trained and judged; those streamed are not counted by source."""
+    counts: dict[str, Any] = {"num_train_rows": streamed.get("trained", 0)}
+    if prepared.train:
+        counts["num_train_rows"] = len(prepared.train.rows)
+        counts["train_rows_by_source"] = prepared.train.rows.num_of_sources()
+    if prepared.held_out:
+        judged = prepared.held_out.rows[: judgement.num_rows]
+        counts["eval_rows_by_source"] = judged.num_of_sources()
+    return counts
 
 
 def _training_figures(run: RunDir) -> dict[str, Any]:

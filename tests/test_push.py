@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,10 +22,11 @@ from typer.testing import CliRunner
 
 from finetune import chat
 from finetune.cli import app
-from finetune.errors import HubError, RecipeError, RunDirError
+from finetune.errors import DataError, HubError, RecipeError, RunDirError
 from finetune.model.load import model_location
 from finetune.push import push
 from finetune.recipe import load_recipe
+from finetune.recipe.loading import dump_recipe
 from finetune.rundir import RunDir, write_json, write_jsonl
 from tests.conftest import chat_row, noise, write_rows
 from tests.hub_server import Hub
@@ -59,13 +61,13 @@ def made(dataset: Callable[..., Path], tmp_path: Path) -> Made:
     return made
 
 
-def finish(made: Made) -> None:
+def finish(made: Made, **more: Any) -> None:
     run = RunDir(made.run)
     versions = dict.fromkeys(("vlm_recipes", "torch", "transformers", "trl", "peft"), "1.0")
     write_json(run.environment, versions)
     figures = {"base": {"exact_match": 0.25}, "adapter": {"exact_match": 0.75}}
     counts = {"num_eval_rows": 4, "num_train_rows": 12, "steps": 4}
-    write_json(run.summary, figures | counts)
+    write_json(run.summary, figures | counts | more)
     lines = [{"step": step, "loss": 3.0 - step} for step in range(3)]
     write_jsonl(run.metrics, [*lines, {"step": 2, "eval_loss": 1.5}])
 
@@ -148,6 +150,24 @@ def test_the_card_has_the_figures_and_metadata_of_the_hub(made: Made, hub: Hub) 
     assert ("POST", "/api/validate-yaml") in hub.asked
 
 
+def test_the_card_counts_the_rows_of_each_source(
+    made: Made, hub: Hub, dataset: Callable[..., Path], tmp_path: Path
+) -> None:
+    more = {"hub": "user/scans", "split": "dev"}
+    data = {"train": [{"path": "train.jsonl"}, more], "eval": [], "eval_fraction": 0.25}
+    recipe = load_recipe(dataset(data=data), check_paths=False)
+    RunDir(made.run).recipe.write_text(dump_recipe(recipe))
+    finish(made, train_rows_by_source=[5, 7], eval_rows_by_source=[1, 3])
+    card = push(made.run, "user/name", dry_run=True, console=QUIET).files["README.md"]
+    assert isinstance(card, bytes)
+    scans = "`user/scans dev main`"
+    for line in (
+        f"| training data | `train.jsonl`: 5 rows; {scans}: 7 rows; together 12 |",
+        f"| held-out data | `train.jsonl`: 1 rows; {scans}: 3 rows; together 4 |",
+    ):
+        assert line in card.decode()
+
+
 def test_the_pushed_recipe_loads_again(made: Made, hub: Hub, tmp_path: Path) -> None:
     push(made.run, "user/name", console=QUIET)
     (tmp_path / "again.yaml").write_bytes(files_of(hub)["recipe.yaml"])
@@ -199,6 +219,33 @@ def test_an_adapter_on_the_hub_is_a_run(
     for name in ("user/none", "user/no name"):
         with pytest.raises(HubError, match="cannot be fetched"):
             runner.invoke(app, ["chat", f"hub://{name}", *question], catch_exceptions=False)
+
+
+def test_an_adapter_on_the_hub_is_judged_on_the_held_out_rows(
+    made: Made, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push(made.run, "user/name", console=QUIET)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    runner = CliRunner()
+    with pytest.raises(DataError, match=r"eval\.jsonl"):
+        runner.invoke(app, ["eval", "hub://user/name"], catch_exceptions=False)
+    for file in (tmp_path / "eval.jsonl", *tmp_path.glob("eval*.png")):  # no row that was trained
+        shutil.copy(file, file.name)
+    there = runner.invoke(app, ["eval", "hub://user/name", "--json"])
+    assert there.exception is None
+    here = runner.invoke(app, ["eval", str(made.run), "--json"])
+    assert json.loads(there.stdout) == json.loads(here.stdout)
+    (summary,) = Path(".finetune-cache/hub").glob("*/*/summary.json")
+    assert json.loads(summary.read_text())["eval_rows_by_source"] == [4]
+    (report,) = Path(".finetune-cache/hub").glob("*/*/report.html")
+    assert "Before and after" in report.read_text()
+    (recipe,) = Path(".finetune-cache/hub").glob("*/*/recipe.yaml")
+    drawn = load_recipe(recipe, ["data.eval=[]", "data.eval_fraction=0.5"], check_paths=False)
+    recipe.unlink()  # a link
+    recipe.write_text(dump_recipe(drawn))
+    with pytest.raises(DataError, match="does not say which data"):
+        runner.invoke(app, ["eval", "hub://user/name"], catch_exceptions=False)
 
 
 def test_a_dry_run_sends_nothing(made: Made, hub: Hub) -> None:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -241,18 +242,23 @@ def test_a_broken_picture_is_the_clients_fault(served: Running, url: str, words:
         served.answer(user(QUESTION, url))
 
 
-@pytest.mark.slow
-def test_pictures_from_elsewhere_are_not_fetched(served: Running) -> None:
-    openai = pytest.importorskip("openai")
+@contextmanager
+def unasked_address() -> Iterator[str]:
+    """The address of a picture on loopback that nobody may have asked for at the end."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         listener.settimeout(0.5)
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}/picture.png"
-        with pytest.raises(openai.BadRequestError, match="not fetched"):
-            served.answer(user(QUESTION, url))
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/picture.png"
         with pytest.raises(TimeoutError):
             listener.accept()
+
+
+@pytest.mark.slow
+def test_pictures_from_elsewhere_are_not_fetched(served: Running) -> None:
+    openai = pytest.importorskip("openai")
+    with unasked_address() as url, pytest.raises(openai.BadRequestError, match="not fetched"):
+        served.answer(user(QUESTION, url))
 
 
 @pytest.mark.slow
@@ -260,15 +266,8 @@ def test_pictures_that_may_be_fetched_come_from_public_addresses_alone(served: R
     openai = pytest.importorskip("openai")
     own = start(served.run, "--allow-remote-images")
     try:
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            listener.listen()
-            listener.settimeout(0.5)
-            url = f"http://127.0.0.1:{listener.getsockname()[1]}/picture.png"
-            with pytest.raises(openai.BadRequestError, match="address"):
-                own.answer(user(QUESTION, url))
-            with pytest.raises(TimeoutError):
-                listener.accept()
+        with unasked_address() as url, pytest.raises(openai.BadRequestError, match="address"):
+            own.answer(user(QUESTION, url))
     finally:
         own.process.kill()
         own.process.wait()

@@ -378,6 +378,7 @@ def test_bad_rows_can_be_skipped_and_are_listed(
     assert [row["where"].rpartition("/")[2] for row in read_jsonl(run.skipped)] == ["train.jsonl:4"]
     summary = json.loads(run.summary.read_text())
     assert (summary["num_train_rows"], summary["num_skipped_rows"]) == (11, 1)
+    assert summary["train_rows_by_source"] == [11]
 
 
 def test_an_overlong_row_is_never_cut(dataset: Callable[..., Path], tmp_path: Path) -> None:
