@@ -42,7 +42,7 @@ def card_of(run: RunDir, recipe: Recipe, publication: Publication) -> str:
     sections = [
         f"---\n{_metadata(publication, recipe, summary)}\n---",
         f"# {name}",
-        f"{what} for {_linked(publication.base)} (revision `{recipe.model.revision}`), trained on "
+        f"{what} for {_linked(publication.base, recipe.model.revision)}, trained on "
         f"{' and '.join(recipe.adapter.parts)} by vlm-recipes {made_with['vlm_recipes']}.",
         _results(summary),
         f"## How to use it\n\n```python\n{usage(publication, recipe)}\n```",
@@ -148,10 +148,10 @@ def _metadata(publication: Publication, recipe: Recipe, summary: Mapping[str, An
     return data.to_yaml().strip()
 
 
-def _linked(base: str) -> str:
+def _linked(base: str, revision: str) -> str:
     if base == EMBEDDED:
         return "`nano`, the small model that comes with vlm-recipes"
-    return f"[{base}](https://huggingface.co/{base})"
+    return f"[{base}](https://huggingface.co/{base}) (revision `{revision}`)"
 
 
 def _results(summary: Mapping[str, Any]) -> str:

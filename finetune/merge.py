@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -70,6 +71,11 @@ def merge(
         raise RecipeError(f"--dtype: {dtype!r} is none of {', '.join(DTYPES)}")
     if quantize not in ("none", "nf4", "int8"):
         raise RecipeError(f"--quantize: {quantize!r} is none of nf4, int8")
+    if quantize != "none" and not dry_run and find_spec("bitsandbytes") is None:
+        raise RecipeError(
+            f"--quantize {quantize}: needs the package bitsandbytes, which is not installed; "
+            "pip install bitsandbytes"
+        )
     parts = [replace(part, recipe=_on_plain_base(part.recipe, dtype)) for part in parts]
     recipe, folder = parts[0].recipe, Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

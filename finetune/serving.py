@@ -190,6 +190,45 @@ class Served:
         return found
 
 
+class _Trimmed:
+    """The library's generation, without the space that begins an answer: what `finetune chat` says.
+
+    Source: transformers 5.23, cli/serving/utils.py, GenerateManager.
+    """
+
+    def __init__(self, manager: Any):
+        self._manager = manager
+
+    async def generate_non_streaming(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        text, *rest = await self._manager.generate_non_streaming(*args, **kwargs)
+        return text.strip(), *rest
+
+    def generate_streaming(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        queue, streamer = self._manager.generate_streaming(*args, **kwargs)
+        return _TrimmedQueue(queue), streamer
+
+
+class _TrimmedQueue:
+    """An answer's words as they come; None is its end, and what is no text is told as it is."""
+
+    def __init__(self, queue: asyncio.Queue[Any]):
+        self._queue = queue
+        self._is_blank = True
+
+    async def get(self) -> Any:
+        return self._trimmed(await self._queue.get())
+
+    def get_nowait(self) -> Any:
+        return self._trimmed(self._queue.get_nowait())
+
+    def _trimmed(self, item: Any) -> Any:
+        if not self._is_blank or not isinstance(item, str):
+            return item
+        words = item.lstrip()
+        self._is_blank = not words
+        return words
+
+
 class Gate:
     """An ASGI application: the routes, the key, and each request read before it is computed.
 
@@ -208,7 +247,7 @@ class Gate:
         self.api_key = api_key
         self.access = ImageAccess(Path.cwd(), allow_urls=allow_remote_images)
         self._handler = ChatCompletionHandler(ModelManager(), GenerationState())
-        self._thread = GenerateManager()
+        self._generation: Any = _Trimmed(GenerateManager())
         self._readers = ThreadPoolExecutor(NUM_READERS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -265,7 +304,7 @@ class Gate:
             self.served.name,
             inputs,
             self.served.settings(asked),
-            gen_manager=self._thread,
+            gen_manager=self._generation,
         )
         return answer if asked.stream else await answer
 

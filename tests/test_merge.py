@@ -240,6 +240,16 @@ def test_onto_the_plain_base_though_trained_on_four_bits(
     assert_same(loaded(tmp_path / "merged"), merged_by_peft(made))
 
 
+def test_a_package_that_is_missing_is_told_of_before_anything_is_merged(
+    dataset: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = made_run(dataset(), tmp_path / "run")
+    monkeypatch.setattr("finetune.merge.find_spec", lambda _: None)
+    with pytest.raises(RecipeError, match="needs the package bitsandbytes"):
+        merge(made.run, tmp_path / "merged", quantize="nf4", console=QUIET)
+    assert merge(made.run, tmp_path / "m", quantize="nf4", dry_run=True, console=QUIET).plan
+
+
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
 def test_a_quantised_folder_loads_as_it_was_saved(
     dataset: Callable[..., Path], tmp_path: Path, quantize: str
