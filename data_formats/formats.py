@@ -16,6 +16,7 @@ from data_formats import (
     llama_factory,
     llava,
     mantis,
+    mmmu,
     ms_swift,
     openai,
     sharegpt,
@@ -63,6 +64,7 @@ FORMATS: dict[str, Format] = {
         Format("textvqa", textvqa.fits, textvqa.parse),
         Format("vqav2", vqav2.fits, vqav2.parse),
         Format("chartqa", chartqa.fits, chartqa.parse),
+        Format("mmmu", mmmu.fits, mmmu.parse),
         Format("cord", cord.fits, cord.parse, takes_question=True),
         Format("coco-captions", coco_captions.fits, coco_captions.parse, takes_question=True),
         # never recognised: only the recipe can say what its columns mean

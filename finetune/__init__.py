@@ -31,16 +31,17 @@ on that line, and from any line above it in this list; never from a line below.
     model.optimizer  model.generate  model.loss
     model.checkpoint_files  model.merging
     model.tracing  model.kernels  model.memory  model.planned
-    metrics.text  metrics
+    metrics.text  metrics.vqa  metrics.chart  metrics.choice  metrics.caption  metrics.fields
+    metrics.bootstrap  metrics
     environment
     charts  report
     checking  check_page  preview_page
-    findings  callbacks  trainer
-    judging  preparation  vision_cache_plan  planning  fitting
-    requirements  resuming  verifying  answering  serving  card
+    resuming  findings  callbacks  trainer
+    sides  asking  judging  preparation  vision_cache_plan  planning  fitting
+    requirements  verifying  answering  serving  card  suites
     tables
-    train  evaluate  merge  serve  push  chat  check  preview  convert  plan
-    cli_deploy  cli
+    train  merge  serve  evaluate  push  chat  check  preview  convert  plan  score  compare
+    cli_deploy  cli_judge  cli
     __main__
 """
 

@@ -15,11 +15,11 @@ from finetune.data.images import ImageAccess
 from finetune.data.pictures import Pictures
 from finetune.data.sources import Row, Source
 from finetune.errors import DataError
-from finetune.judging import Side, sides_of_run
 from finetune.model.generate import generate_answers
 from finetune.preparation import load_encoder
 from finetune.recipe import Recipe
 from finetune.rundir import append_jsonl, read_jsonl
+from finetune.sides import Side, sides_of_run
 
 BLOCK = 8
 """Batches whose rows are sorted by length and held in memory at once."""

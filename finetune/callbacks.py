@@ -14,6 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 
 from finetune.errors import ModelError
+from finetune.metrics import title_of
+from finetune.recipe import METRICS, EvaluationSection
+from finetune.resuming import out_of_patience
 from finetune.rundir import RunDir, read_jsonl, write_jsonl
 
 
@@ -114,6 +117,11 @@ class ProgressDisplay(TrainerCallback):
             "eval_loss": "held-out loss {:.4f}",
         }
         words = [text.format(float(logs[key])) for key, text in shown.items() if key in logs]
+        words += [
+            f"{title_of(name)} {logs[f'eval_{name}']:.3f}"
+            for name in METRICS
+            if f"eval_{name}" in logs
+        ]
         if words:
             self.console.print(f"step {state.global_step}/{state.max_steps}  {'  '.join(words)}")
 
@@ -135,6 +143,29 @@ class StopOnDivergence(TrainerCallback):
                 "diverged; lower training.learning_rate, raise training.warmup_ratio, or set "
                 "model.dtype: float32, and start again with --overwrite"
             )
+
+
+class Patience(TrainerCallback):
+    """Evaluates at the last step, too, and ends a run that gets no better, as the recipe says."""
+
+    def __init__(self, settings: EvaluationSection, console: Console):
+        self.settings = settings
+        self.console = console
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask for an evaluation of the last weights, or they could not be the best."""
+        chooses = self.settings.load_best or self.settings.patience
+        if chooses and state.global_step >= state.max_steps:
+            control.should_evaluate = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count the evaluations since the best, which a checkpoint's log holds as well."""
+        if out_of_patience(state.log_history, self.settings):
+            self.console.print(
+                f"stopping at step {state.global_step}: no better {self.settings.best_metric} in "
+                f"{self.settings.patience} evaluations"
+            )
+            control.should_training_stop = True
 
 
 class StopOnSignal(TrainerCallback):

@@ -11,13 +11,13 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from finetune.metrics import title_of, with_interval
 from finetune.model.load import EMBEDDED
 from finetune.recipe import DataSource, Recipe
 from finetune.recipe.loading import dump_recipe
 from finetune.rundir import RunDir, read_json
 
 PLOT = "loss.png"
-TITLES = {"exact_match": "exact match", "anls": "ANLS"}
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _metadata(publication: Publication, recipe: Recipe, summary: Mapping[str, An
             dataset_type="held-out-rows",
             dataset_name=f"{summary['num_eval_rows']} held-out rows",
             metric_type=metric,
-            metric_name=TITLES.get(metric, metric),
+            metric_name=title_of(metric),
             metric_value=round(value, 4),
         )
         for metric, value in summary.get("adapter", {}).items()
@@ -162,15 +162,23 @@ def _results(summary: Mapping[str, Any]) -> str:
         "## Results",
         "",
         f"On {summary['num_eval_rows']:,} rows that were held out from training, the base and this "
-        "model asked the same:",
+        "model asked the same; in brackets 95% bootstrap intervals, of the difference paired:",
         "",
-        "| metric | base | this model | difference |",
-        "| --- | --- | --- | --- |",
+        "| metric | base | this model | difference | |",
+        "| --- | --- | --- | --- | --- |",
     ]
     for metric, value in figures.items():
-        before = summary["base"][metric]
-        title = TITLES.get(metric, metric)
-        lines.append(f"| {title} | {before:.3f} | {value:.3f} | {value - before:+.3f} |")
+        before = summary["base"].get(metric)
+        intervals = summary.get("intervals", {"base": {}, "adapter": {}})
+        found = summary.get("differences", {}).get(metric, {})
+        cells = [
+            title_of(metric),
+            with_interval(before, intervals["base"].get(metric)),
+            with_interval(value, intervals["adapter"].get(metric)),
+            "" if before is None else with_interval(value - before, found.get("interval"), "+"),
+            found.get("verdict", ""),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

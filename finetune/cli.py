@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from finetune.cli_deploy import RunFolder, deploy_app, run_folder
+from finetune.cli_judge import judge_app
 from finetune.errors import FinetuneError, RecipeError
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(help="The shipped recipes: list, show, copy.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
+app.add_typer(judge_app)
 app.add_typer(deploy_app)
 
 RecipeName = Annotated[
@@ -195,21 +197,6 @@ def convert(
         print(f"{done.images}: the pictures that were inside the rows")
     if done.image_root:
         print(f"its pictures stay where they are; in the recipe, set image_root: {done.image_root}")
-
-
-@app.command(name="eval")
-def evaluate(run: RunFolder, as_json: AsJson = False) -> None:
-    """Judge a run's adapter against its base on the held-out rows."""
-    folder = run_folder(run)
-    from finetune.evaluate import evaluate as run_evaluate
-    from finetune.tables import figures_table, results_console
-
-    judgement = run_evaluate(folder)
-    if as_json:
-        print(json.dumps(judgement.figures()))
-    else:
-        title = f"{run}: {judgement.num_rows:,} held-out rows"
-        results_console().print(figures_table(title, judgement.base, judgement.adapter))
 
 
 @app.command()

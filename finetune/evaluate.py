@@ -1,54 +1,183 @@
-"""`finetune eval`: a finished run's figures again, on its own held-out rows."""
+"""`finetune eval`: a run's figures again on its own held-out rows, or new ones on other rows."""
 
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from finetune.errors import DataError
-from finetune.judging import Judgement, judge, sides_of_run
+from finetune.asking import process
+from finetune.errors import DataError, RecipeError
+from finetune.judging import judge
+from finetune.metrics import PACKAGES
 from finetune.model.load import quiet_libraries
-from finetune.preparation import cache_of, load_encoder, prepare_held_out
-from finetune.recipe import load_recipe
+from finetune.preparation import PreparedRows, cache_of, load_encoder, prepare_held_out
+from finetune.recipe import DataSource, Recipe, load_recipe
 from finetune.report import write_report
-from finetune.rundir import open_run_dir, read_json, write_json
+from finetune.requirements import refuse_missing
+from finetune.rundir import RunDir, open_run_dir, read_json, write_json
+from finetune.serve import servable
+from finetune.sides import Side, side_of_base, side_of_merged, sides_of_run
+from finetune.suites import SUITES, Suite
 from finetune.tables import messages_console
 
 
-def evaluate(path: str | Path, *, console: Console | None = None) -> Judgement:
-    """Judge the adapter of a run against its base; `evaluation/`, `summary.json` and the report are
-    written anew.
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of which sides, where it is not the evaluation of the run itself."""
 
-    Raises `FinetuneError`.
+    data: Sequence[str | Path] = ()
+    suite: str | None = None
+    metrics: Sequence[str] = ()
+    base_only: bool = False
+    merged: bool = False
+    settings: Sequence[str] = ()
+    """Of the recipe's `evaluation` and `data`, as KEY=VALUE."""
+    name: str | None = None
+    """Folder of the figures, within `evaluations`."""
+
+    def is_the_run_s_own(self) -> bool:
+        """Whether rows, metrics and settings are the recipe's, for base and adapter."""
+        return not (
+            self.data or self.suite or self.metrics or self.base_only or self.settings or self.name
+        )
+
+    def folder_name(self) -> str:
+        """That of the figures, unless it is given."""
+        data = Path(str(self.data[0])).stem if self.data else None
+        return self.name or self.suite or data or ("base" if self.base_only else "held-out")
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The figures, as in `summary.json`, and where the answers are."""
+
+    figures: dict[str, Any]
+    folder: Path
+    suite: Suite | None = None
+
+
+def evaluate(
+    path: str | Path, asked: Asked | None = None, *, console: Console | None = None
+) -> Evaluated:
+    """Judge the adapter of a run against its base.
+
+    On the run's own held-out rows `evaluation/`, `summary.json` and the report are written anew;
+    other figures go into a folder of `evaluations/`. A call that was broken off is gone on with by
+    the same call. Raises `FinetuneError`.
     """
+    asked = asked or Asked()
     console = console or messages_console()
+    if process()[0]:
+        console = Console(quiet=True)
     quiet_libraries()
     run = open_run_dir(path)
+    recipe, suite = _recipe_to_ask(run, asked)
+    encoder = load_encoder(recipe, console)
+    sides = _sides(run, recipe, asked, encoder, console)
+    held_out = _held_out(run, recipe, encoder, console)
+    own = asked.is_the_run_s_own()
+    folder = run.evaluation if own else run.evaluations / _safe(asked.folder_name())
+    partial = run.partial if own else folder.with_name(f".{folder.name}.partial")
+    judgement = judge(sides, held_out.to_ask(), recipe.evaluation, folder, partial, console)
+    figures = judgement.figures()
+    by_source = held_out.rows[: judgement.num_rows].num_of_sources()
+    if process()[0]:
+        return Evaluated(figures, folder, suite)
+    if own:
+        summary = read_json(run.summary) if run.summary.is_file() else {}
+        write_json(run.summary, summary | figures | {"eval_rows_by_source": by_source})
+    else:
+        about = {
+            "name": folder.name,
+            "data": [source.hub or source.path for source in recipe.data.eval],
+            "evaluation": recipe.evaluation.model_dump(),
+            "paper": suite.beside() if suite else None,
+        }
+        write_json(folder / run.summary.name, about | figures)
+    write_report(run)
+    return Evaluated(figures, folder, suite)
+
+
+def _recipe_to_ask(run: RunDir, asked: Asked) -> tuple[Recipe, Suite | None]:
+    """The run's recipe, with the rows and settings of this evaluation."""
+    if asked.data and asked.suite:
+        raise RecipeError("--data and --suite exclude each other: each brings its own rows")
+    for setting in asked.settings:
+        if setting.partition(".")[0] not in ("evaluation", "data"):
+            raise RecipeError(
+                f"{setting}: a run is asked as it was trained; only settings of evaluation and "
+                "data can be others"
+            )
+    suite = SUITES.get(asked.suite) if asked.suite else None
+    if asked.suite and suite is None:
+        raise RecipeError(f"--suite {asked.suite}: is none of {', '.join(SUITES)}")
+    changes = list(asked.settings)
+    metrics = list(asked.metrics)
+    if suite:
+        metrics = metrics or [suite.metric]
+        given = {setting.partition("=")[0] for setting in changes}
+        for key in ("prompt_suffix", "max_new_tokens"):
+            if f"evaluation.{key}" not in given:
+                changes.append(f"evaluation.{key}={json.dumps(getattr(suite, key))}")
+    if metrics:
+        changes.append(f"evaluation.metrics={json.dumps(metrics)}")
     # a file that is missing is told of where it is opened: those trained on are not all needed
-    recipe = load_recipe(run.recipe, check_paths=False)
+    recipe = load_recipe(run.recipe, changes, check_paths=False)
+    refuse_missing(
+        {f"--metrics: {name}": PACKAGES[name] for name in metrics if name in PACKAGES}, "eval"
+    )
+    sources = [DataSource(path=str(path)) for path in asked.data]
+    sources += [suite.source] if suite else []
+    if sources:
+        data = recipe.data.model_copy(update={"eval": tuple(sources), "eval_fraction": 0.0})
+        recipe = recipe.model_copy(update={"data": data})
     if not recipe.data.eval and not recipe.data.eval_fraction:
         raise DataError(
             f"{run.recipe}: data.eval is empty, so there is nothing to judge on; name held-out "
-            "rows there"
+            "rows there, or give --data or --suite"
         )
+    return recipe, suite
+
+
+def _sides(
+    run: RunDir, recipe: Recipe, asked: Asked, encoder: Any, console: Console
+) -> dict[str, Side]:
+    if asked.base_only:
+        return {"base": side_of_base(recipe, encoder)}
+    both = sides_of_run(recipe, run.adapter, encoder)
+    sides = {"base": both.base, "adapter": both.adapter or both.base}
+    if asked.merged:
+        if recipe.adapter.method in ("full", "frozen"):
+            raise RecipeError(
+                f"--merged: adapter.method {recipe.adapter.method} has nothing to merge"
+            )
+        sides["merged"] = side_of_merged(recipe, servable(run.path, console), encoder)
+    return sides
+
+
+def _held_out(run: RunDir, recipe: Recipe, encoder: Any, console: Console) -> PreparedRows:
     known = read_json(run.environment).get("rows_sha256") if run.environment.is_file() else None
     if recipe.data.eval_fraction and known is None:
         raise DataError(
-            f"{path}: its held-out rows were drawn from the training data (data.eval_fraction), "
-            "and it does not say which data that was, so that trained rows could be judged as held "
-            "out; evaluate the run where it was trained"
+            f"{run.path}: its held-out rows were drawn from the training data "
+            "(data.eval_fraction), and it does not say which data that was, so that trained rows "
+            "could be judged as held out; evaluate the run where it was trained"
         )
-    encoder = load_encoder(recipe, console)
-    sides = sides_of_run(recipe, run.adapter, encoder)
     held_out = prepare_held_out(recipe, encoder, cache_of(run.path), console)
     assert held_out
     if recipe.data.eval_fraction and held_out.examination.digest() != known:
         raise DataError(
-            f"{path}: the data files have changed since the training, so that rows it was trained "
-            "on would be judged as held out; bring the files back, or train with data.eval"
+            f"{run.path}: the data files have changed since the training, so that rows it was "
+            "trained on would be judged as held out; bring the files back, or train with data.eval"
         )
-    judgement = judge(sides, held_out.rows, recipe.evaluation, run, console)
-    summary = read_json(run.summary) if run.summary.is_file() else {}
-    by_source = held_out.rows[: judgement.num_rows].num_of_sources()
-    write_json(run.summary, summary | judgement.figures() | {"eval_rows_by_source": by_source})
-    write_report(run)
-    return judgement
+    return held_out
+
+
+def _safe(name: str) -> str:
+    """A name that is one folder's. Raises `RecipeError`."""
+    if name in ("", ".", "..") or "/" in name or "\\" in name:
+        raise RecipeError(f"--name {name}: expected the name of one folder")
+    return name

@@ -15,7 +15,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 from finetune.data.examples import Encoder
 from finetune.environment import environment
 from finetune.errors import ModelError, RecipeError, RunDirError
-from finetune.judging import free_memory
 from finetune.model.adapters import IMAGE_SETTINGS, refuse_unfinished
 from finetune.model.checkpoint_files import stored_tensors
 from finetune.model.generate import stopping
@@ -26,6 +25,7 @@ from finetune.model.vocabulary import add_extra_tokens, extend_vocabulary
 from finetune.preparation import cache_of
 from finetune.recipe import ModelSection, Recipe, load_recipe
 from finetune.rundir import open_run_dir, replacing, write_json
+from finetune.sides import free_memory
 from finetune.tables import merge_table, messages_console
 from finetune.verifying import Asked, Likeness, Said, ask, rows_to_ask
 

@@ -7,12 +7,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from finetune.asking import HeldOut
 from finetune.data.examination import (
     BAD,
     CHANGED,
@@ -47,6 +49,11 @@ class PreparedRows:
     rows: Rows
     counts: np.ndarray
     examination: Examination
+
+    def to_ask(self) -> HeldOut:
+        """The rows, to be asked."""
+        keys = self.counts["row_key"].tobytes()
+        return HeldOut(self.rows, self.counts["num_tokens"].astype(int), sha256(keys).hexdigest())
 
     def spans(self) -> list[tuple[int, float]]:
         """Number of rows and weight of each source."""

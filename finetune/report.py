@@ -22,11 +22,10 @@ from markupsafe import Markup
 from finetune import __version__
 from finetune.charts import curve, draw_charts, number
 from finetune.errors import RunDirError
+from finetune.metrics import lower_is_better, title_of, with_interval
 from finetune.rundir import RunDir, read_json, write_text
 
 HEADLINE_METRIC = "exact_match"  # where it was measured; otherwise the first metric of the recipe
-LOWER_IS_BETTER = frozenset({"cer", "wer"})
-METRIC_LABELS = {"anls": "ANLS", "cer": "CER", "vqa_accuracy": "VQA accuracy", "wer": "WER"}
 CARDS_PER_STATUS = 48
 SKIPPED_SHOWN = 10
 CHARACTERS_SHOWN = 500
@@ -94,8 +93,12 @@ def gather(run: RunDir) -> dict[str, Any]:
         "base": numbers(figures.get("base")),
         "adapter": numbers(figures.get("adapter")),
         "gain_of": gain_of,
-        "lower_is_better": LOWER_IS_BETTER,
-        "metric_labels": METRIC_LABELS,
+        "intervals": mapping(figures.get("intervals")),
+        "differences": mapping(figures.get("differences")),
+        "lower_is_better": lower_is_better,
+        "title_of": title_of,
+        "with_interval": with_interval,
+        "interval_of": interval_of,
         "filters": [(status, title, counts[status]) for status, title in STATUSES.items()],
         "num_cards": len(cards),
         "cards": first_of_each_status(cards, run.evaluation),
@@ -217,7 +220,7 @@ class Verdict:
     num_rows: int
     num_better: int  # rows on which the adapter scored above the base, by this metric
     num_worse: int
-    p_value: float | None  # None where rows carry no scores
+    interval: tuple[float, float] | None  # of the difference; None where none was kept
     shares: tuple[Share, Share] | None
 
 
@@ -228,18 +231,18 @@ def judge(summary: Row, predictions: Sequence[Row]) -> Verdict | None:
     if not both:
         return None
     metric = HEADLINE_METRIC if HEADLINE_METRIC in both else both[0]
-    gain = gain_of(metric, before[metric], after[metric])
     num_better, num_worse = count_changes(metric, predictions)
-    p_value = sign_test(num_better, num_worse) if num_better + num_worse else None
-    if gain == 0:
-        word, tone = "No change", "unsure"
-    elif p_value is None:
-        word, tone = "Better, it seems" if gain > 0 else "Worse, it seems", "unsure"
-    elif p_value < 0.05 and (gain > 0) == (num_better > num_worse):
-        word, tone = ("Better", "good") if gain > 0 else ("Worse", "bad")
-    else:
-        word, tone = "Cannot tell", "unsure"
     num_rows = int(number(summary.get("num_eval_rows")) or len(predictions))
+    found = mapping(mapping(summary.get("differences")).get(metric))
+    words = {
+        "better": ("Better", "good"),
+        "worse": ("Worse", "bad"),
+        "cannot tell": (f"Cannot tell at n = {num_rows:,}", "unsure"),
+        "no change": ("No change", "unsure"),
+    }
+    gain = gain_of(metric, before[metric], after[metric])
+    seems = "No change" if not gain else f"{'Better' if gain > 0 else 'Worse'}, it seems"
+    word, tone = words.get(str(found.get("verdict")), (seems, "unsure"))
     return Verdict(
         word=word,
         tone=tone,
@@ -249,14 +252,20 @@ def judge(summary: Row, predictions: Sequence[Row]) -> Verdict | None:
         num_rows=num_rows,
         num_better=num_better,
         num_worse=num_worse,
-        p_value=p_value,
+        interval=interval_of(found.get("interval")),
         shares=count_right(predictions),
     )
 
 
+def interval_of(value: Any) -> tuple[float, float] | None:
+    """Low and high, where the value is that."""
+    ends = [number(end) for end in listed(value)]
+    return (ends[0], ends[1]) if len(ends) == 2 and None not in ends else None  # type: ignore[return-value]
+
+
 def gain_of(metric: str, base: float, adapter: float) -> float:
     """How much better the adapter is, positive for better, whichever way the metric points."""
-    return base - adapter if metric in LOWER_IS_BETTER else adapter - base
+    return base - adapter if lower_is_better(metric) else adapter - base
 
 
 def is_right(row: Row, side: str) -> bool | None:
@@ -266,7 +275,7 @@ def is_right(row: Row, side: str) -> bool | None:
     score = number(scores.get(metric))
     if score is None:
         return None
-    return score <= 0 if metric in LOWER_IS_BETTER else score >= 1
+    return score <= 0 if lower_is_better(metric) else score >= 1
 
 
 def count_right(predictions: Sequence[Row]) -> tuple[Share, Share] | None:
@@ -297,16 +306,6 @@ def wilson_interval(right: int, total: int) -> tuple[float, float]:
     middle = (share + spread / 2) / (1 + spread)
     half = z / (1 + spread) * math.sqrt(share * (1 - share) / total + spread / (4 * total))
     return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def sign_test(num_better: int, num_worse: int) -> float:
-    """Exact two-sided p-value, were better and worse equally likely (on 0 and 1: McNemar's)."""
-    total = num_better + num_worse
-    ways = tail = 1
-    for k in range(min(num_better, num_worse)):
-        ways = ways * (total - k) // (k + 1)
-        tail += ways
-    return min(1.0, 2 * tail / 2**total)
 
 
 # The rest of the page.

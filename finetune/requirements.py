@@ -1,11 +1,13 @@
 """What a recipe asks of this version, this machine and its packages, where it is not there."""
 
 import os
+from collections.abc import Mapping
 from importlib.util import find_spec
 
 import torch
 
 from finetune.errors import RecipeError, summarise_problems
+from finetune.metrics import PACKAGES
 from finetune.model.methods import mixes_dtypes
 from finetune.model.optimizer import PIP_NAMES, package_of
 from finetune.recipe import Recipe
@@ -42,14 +44,24 @@ def refuse_what_cannot_run(recipe: Recipe, source: str) -> None:
             f"training.optimizer: {name} cannot be set up by this version of transformers; "
             "set galore_adafactor"
         )
-    problems += [
-        f"{setting}: needs the package {package}, which is not installed; pip install "
-        f"{_PIP_NAMES.get(package, package)}"
-        for setting, package in _packages(recipe).items()
-        if find_spec(package) is None
-    ]
+    problems += _missing(_packages(recipe))
     if problems:
         raise RecipeError(summarise_problems(source, problems))
+
+
+def refuse_missing(packages: Mapping[str, str], source: str) -> None:
+    """Raise `RecipeError` for modules that are not installed, by what needs them."""
+    if problems := _missing(packages):
+        raise RecipeError(summarise_problems(source, problems))
+
+
+def _missing(packages: Mapping[str, str]) -> list[str]:
+    return [
+        f"{setting}: needs the package {package}, which is not installed; pip install "
+        f"{_PIP_NAMES.get(package, package)}"
+        for setting, package in packages.items()
+        if find_spec(package) is None
+    ]
 
 
 def _packages(recipe: Recipe) -> dict[str, str]:
@@ -63,6 +75,11 @@ def _packages(recipe: Recipe) -> dict[str, str]:
         needed[f"model.quantize: {recipe.model.quantize}"] = "bitsandbytes"
     if recipe.training.loss_kernel == "liger":
         needed["training.loss_kernel: liger"] = "liger_kernel"
+    needed |= {
+        f"evaluation.metrics: {name}": PACKAGES[name]
+        for name in recipe.evaluation.metrics
+        if name in PACKAGES
+    }
     if recipe.model.attention == "flash_attention_2":
         needed["model.attention: flash_attention_2"] = "flash_attn"
     return needed

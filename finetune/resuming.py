@@ -1,9 +1,12 @@
 """Whether a run may go on: with the recipe and the rows that it was begun with."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from finetune.errors import RunDirError
-from finetune.recipe import Recipe, load_recipe
+from finetune.metrics import lower_is_better
+from finetune.recipe import EvaluationSection, Recipe, load_recipe
 from finetune.rundir import RunDir, read_json
 
 
@@ -26,7 +29,31 @@ def refuse_another_run(recipe: Recipe, rows_sha256: str, run: RunDir) -> None:
         )
 
 
-def is_finished(checkpoint: Path) -> bool:
-    """Whether a checkpoint stands at the last step of its run."""
+def is_finished(checkpoint: Path, evaluation: EvaluationSection) -> bool:
+    """Whether a checkpoint stands at the last step of its run, or where its patience ended."""
     state = read_json(checkpoint / "trainer_state.json")
-    return state["global_step"] >= state["max_steps"]
+    if state["global_step"] >= state["max_steps"]:
+        return True
+    return out_of_patience(state["log_history"], evaluation)
+
+
+def out_of_patience(log_history: Sequence[Mapping[str, Any]], settings: EvaluationSection) -> bool:
+    """Whether so many evaluations have passed without a better one, as the recipe allows."""
+    if settings.patience is None:
+        return False
+    name = f"eval_{settings.best_metric}"
+    figures = [line[name] for line in log_history if name in line]
+    if lower_is_better(settings.best_metric):
+        figures = [-figure for figure in figures]
+    return bool(figures) and len(figures) - 1 - figures.index(max(figures)) >= settings.patience
+
+
+def best_step(checkpoint: Path) -> int | None:
+    """That of the best evaluation of the run that a checkpoint belongs to."""
+    return read_json(checkpoint / "trainer_state.json").get("best_global_step")
+
+
+def best_checkpoint(checkpoint: Path) -> Path:
+    """The best one of the run that a checkpoint belongs to; itself where none was found best."""
+    best = read_json(checkpoint / "trainer_state.json").get("best_model_checkpoint")
+    return checkpoint.with_name(Path(best).name) if best else checkpoint

@@ -11,6 +11,9 @@ from typing import Any
 
 from finetune.errors import RunDirError
 
+PREDICTIONS = "predictions.jsonl"
+THUMBNAILS = "images"
+
 
 class RunDir:
     """Paths of one run, and the reading of its files; makes nothing by itself."""
@@ -25,8 +28,10 @@ class RunDir:
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
         self.evaluation = self.path / "evaluation"
-        self.predictions = self.evaluation / "predictions.jsonl"
-        self.thumbnails = self.evaluation / "images"
+        self.predictions = self.evaluation / PREDICTIONS
+        self.thumbnails = self.evaluation / THUMBNAILS
+        self.partial = self.path / "evaluation.partial"
+        self.evaluations = self.path / "evaluations"
         self.summary = self.path / "summary.json"
         self.report = self.path / "report.html"
 

@@ -5,6 +5,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -12,6 +13,7 @@ from rich.text import Text
 
 from finetune.checking import Duplicates, Part
 from finetune.data.sampling import EpochBatches
+from finetune.metrics import with_interval
 from finetune.model.merging import MergePlan
 from finetune.preparation import PreparedRows, counted
 from finetune.recipe import Recipe
@@ -30,25 +32,58 @@ def messages_console() -> Console:
     return Console(stderr=True, markup=False, emoji=False, highlight=False)
 
 
-def figures_table(title: str, base: Mapping[str, float], adapter: Mapping[str, float]) -> Table:
-    """Base, adapter and difference, a row a metric."""
-    table = Table(title=Text(title), title_justify="left")
+SIDES = ("base", "adapter", "merged")
+
+
+def figures_table(title: str, summary: Mapping[str, Any]) -> Table:
+    """What each side reached, with 95% intervals, and whether the adapter is better; a row a
+    metric.
+    """
+    table = Table(title=Text(title), title_justify="left", show_lines=True)
+    sides = [who for who in SIDES if summary.get(who)] or ["base", "adapter"]
+    differ = "base" in sides and "adapter" in sides
     table.add_column("")
-    for who in ("base", "adapter", "difference"):
-        table.add_column(who, justify="right")
-    for metric, figure in adapter.items():
-        before = base[metric]
-        table.add_row(metric, f"{before:.3f}", f"{figure:.3f}", f"{figure - before:+.3f}")
+    for who in (*sides, *(["difference", ""] if differ else [])):
+        table.add_column(who, justify="right" if who else "left")
+    for metric in summary.get(sides[-1], {}):
+        cells = [metric]
+        for who in sides:
+            between = summary.get("intervals", {}).get(who, {}).get(metric)
+            cells.append(_on_two_lines(summary[who].get(metric), between))
+        found = summary.get("differences", {}).get(metric) if differ else None
+        if found:
+            gain = summary["adapter"][metric] - summary["base"][metric]
+            cells += [_on_two_lines(gain, found["interval"], "+"), verdict_of(found, summary)]
+        table.add_row(*cells)
+    return table
+
+
+def _on_two_lines(figure: float | None, between: Sequence[float] | None, sign: str = "") -> str:
+    return with_interval(figure, between, sign).replace(" ", "\n", 1)
+
+
+def verdict_of(found: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+    """Better, worse, or at how many rows that cannot be told."""
+    word = found["verdict"]
+    return f"{word}\nat n = {summary['num_eval_rows']:,}" if word == "cannot tell" else word
+
+
+def scores_table(title: str, figures: Mapping[str, float], intervals: Mapping[str, Any]) -> Table:
+    """Figures of one model's answers with their 95% intervals."""
+    table = Table(title=Text(title), title_justify="left", show_header=False)
+    for metric, figure in figures.items():
+        table.add_row(metric, with_interval(figure, intervals[metric]))
     return table
 
 
 def print_summary(run: RunDir, results: Console) -> None:
     """The table at the end of a run, where its files are, and three commands to try next."""
     summary = read_json(run.summary)
-    table = figures_table(str(run.path), summary["base"], summary["adapter"])
+    if summary["adapter"]:
+        results.print(figures_table(str(run.path), summary))
+    table = Table(show_header=False)
     if not summary["adapter"]:
-        table.add_row("not judged: no data.eval", "", "", "")
-    table.add_section()
+        table.add_row("not judged", "no data.eval")
     memory = "peak memory" + (" of the process" if summary["device"] == "cpu" else "")
     trained = "nothing was trained", ""
     if "first_loss" in summary:
@@ -61,7 +96,7 @@ def print_summary(run: RunDir, results: Console) -> None:
         ("samples per second", f"{speed:.1f}" if speed else ""),
         (memory, f"{summary['peak_memory_gib']:.2f} GiB"),
     ):
-        table.add_row(name, "", value, "")
+        table.add_row(name, value)
     results.print(table)
     results.print(f"report:  {run.report}\nadapter: {run.adapter}", soft_wrap=True)
     asked = next((row for row in read_jsonl(run.predictions) if row.get("images")), None)

@@ -1,6 +1,7 @@
 """`finetune train`: a recipe becomes a run directory."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -11,7 +12,14 @@ import torch
 from rich.console import Console
 from transformers import set_seed
 
-from finetune.callbacks import MetricsFile, ProgressDisplay, StopOnDivergence, StopOnSignal
+from finetune.asking import ask_rows
+from finetune.callbacks import (
+    MetricsFile,
+    Patience,
+    ProgressDisplay,
+    StopOnDivergence,
+    StopOnSignal,
+)
 from finetune.data.augment import Augmentation
 from finetune.data.collate import Collator
 from finetune.data.examination import BAD, OVERLONG, Examination
@@ -22,14 +30,8 @@ from finetune.data.streaming import ExampleStream
 from finetune.environment import environment, peak_memory_gib
 from finetune.errors import ModelError, RecipeError
 from finetune.findings import FindingsLists
-from finetune.judging import (
-    Judgement,
-    Sides,
-    free_memory,
-    judge,
-    sides_of_adapted,
-    sides_of_run,
-)
+from finetune.judging import Judgement, judge
+from finetune.metrics import measure
 from finetune.model import pissa
 from finetune.model.adapters import count_parameters
 from finetune.model.load import best_device, quiet_libraries
@@ -54,7 +56,7 @@ from finetune.preparation import (
 from finetune.recipe import Recipe, dump_recipe, recipe_warnings
 from finetune.report import write_report
 from finetune.requirements import refuse_what_cannot_run
-from finetune.resuming import is_finished, refuse_another_run
+from finetune.resuming import best_checkpoint, best_step, is_finished, refuse_another_run
 from finetune.rundir import (
     RunDir,
     check_run_dir,
@@ -64,6 +66,7 @@ from finetune.rundir import (
     write_json,
     write_text,
 )
+from finetune.sides import Side, Sides, free_memory, sides_of_adapted, sides_of_run
 from finetune.tables import (
     dry_run_table,
     messages_console,
@@ -189,6 +192,8 @@ class Trained:
     total: int
     stopped_at: str = ""
     """Where a signal ended them."""
+    best_step: int | None = None
+    """Where the weights are from, where the best evaluation's were taken."""
     num_streamed: dict[str, int] = field(default_factory=dict)
     """Rows taken from a stream, and what became of them."""
     sides: Sides | None = None
@@ -234,7 +239,7 @@ def _train_and_save(prepared: Prepared, resume: bool, overwrite: bool, console: 
         start = pissa_file if is_pissa else None
         save_trained(model, encoder.processor, recipe, folder, start=start)
     if is_adapter(recipe) and not is_pissa:
-        done = replace(done, sides=sides_of_adapted(model, encoder, recipe))
+        done = replace(done, sides=sides_of_adapted(model, encoder, recipe, run.adapter))
     return done
 
 
@@ -248,20 +253,24 @@ def _train(
             f"resuming from {checkpoint}" if checkpoint else "no checkpoint yet: starting over",
             soft_wrap=True,
         )
-    if checkpoint and is_finished(checkpoint):
+    evaluation = prepared.recipe.evaluation
+    if checkpoint and is_finished(checkpoint, evaluation):
         # Trained to the end and killed afterwards: the trainer would take one step too many
-        load_checkpoint(model, checkpoint)
+        load_checkpoint(model, best_checkpoint(checkpoint) if evaluation.load_best else checkpoint)
         model.to(best_device())
         streamed = read_stream_state(checkpoint, 0)[1] if prepared.streams else {}
-        return replace(done, num_streamed=streamed)
+        step = best_step(checkpoint) if evaluation.load_best else None
+        return replace(done, num_streamed=streamed, best_step=step)
     stop = StopOnSignal(console)
     cache = cache_of(prepared.recipe.output.dir)
+    figures = answer_figures(prepared, model)
     with keeping_features(model, prepared.encoder, prepared.recipe, cache, console) as encoder:
         prepared = replace(prepared, encoder=encoder)
-        trainer = _run_trainer(prepared, model, done.run, checkpoint, stop, console)
+        trainer = _run_trainer(prepared, model, done.run, checkpoint, stop, console, figures)
     state = trainer.state
     return replace(
         done,
+        best_step=state.best_global_step if evaluation.load_best else None,
         stopped_at=f"{state.global_step} of {state.max_steps}" if stop.stopped else "",
         num_streamed=trainer.num_streamed if prepared.streams else {},
     )
@@ -274,16 +283,24 @@ def _judge_and_report(
     if streamed:
         taken, trained, left = (streamed[key] for key in ("taken", "trained", "left out"))
         console.print(f"stream: {taken:,} rows taken = {trained:,} trained + {left:,} left out")
-    judgement = Judgement({}, {}, 0)
+    judgement = Judgement({}, 0)
     if prepared.held_out:
         free_memory()
         sides = done.sides or sides_of_run(recipe, run.adapter, prepared.encoder)
-        judgement = judge(sides, prepared.held_out.rows, recipe.evaluation, run, console)
+        judgement = judge(
+            {"base": sides.base, "adapter": sides.adapter or sides.base},
+            prepared.held_out.to_ask(),
+            recipe.evaluation,
+            run.evaluation,
+            run.partial,
+            console,
+        )
     write_json(
         run.summary,
         _training_figures(run)
         | judgement.figures()
         | _rows_by_source(prepared, judgement, streamed)
+        | ({"best_step": done.best_step} if done.best_step else {})
         | {
             "num_skipped_rows": prepared.num_left_out() + streamed.get("left out", 0),
             "peak_memory_gib": round(peak_memory_gib(), 3),
@@ -332,6 +349,7 @@ def _run_trainer(
     checkpoint: Path | None,
     stop: StopOnSignal,
     console: Console,
+    figures: Callable[[], dict[str, float]] | None,
 ) -> VisionSFTTrainer:
     """Train; the trainer, whose step falls short of its last one where a signal stopped it."""
     metrics, display = MetricsFile(run), ProgressDisplay(console)
@@ -356,7 +374,14 @@ def _run_trainer(
         stream=_stream(prepared) if prepared.streams else None,
         on_findings=FindingsLists(run).add,
         recipe=prepared.recipe,
-        callbacks=[metrics, StopOnDivergence(), display, stop],
+        answer_figures=figures,
+        callbacks=[
+            metrics,
+            StopOnDivergence(),
+            display,
+            Patience(prepared.recipe.evaluation, console),
+            stop,
+        ],
     )
     if checkpoint:
         trainer.go_on_with_stream(checkpoint)
@@ -374,6 +399,25 @@ def _run_trainer(
         display.close()  # or the terminal is left without a cursor
         stop.release()
     return trainer
+
+
+def answer_figures(prepared: Prepared, model: Any) -> Callable[[], dict[str, float]] | None:
+    """What gives the metrics of the model's answers to some held-out rows, as it is by then."""
+    settings = prepared.recipe.evaluation
+    if not prepared.held_out or not settings.rows_in_training:
+        return None
+    asked = prepared.held_out.to_ask().first(settings.max_rows).first(settings.rows_in_training)
+    side = Side(lambda: nullcontext(model), prepared.encoder, key="")
+
+    def figures() -> dict[str, float]:
+        # compiled layers would be compiled again for every length of an answer
+        with torch.compiler.set_stance("force_eager"):
+            answers = ask_rows(side, asked, settings, Console(quiet=True), "adapter")
+        references = [list(row.conversation.references()) for row in asked.rows]
+        texts = [answer.text for answer in answers]
+        return measure(texts, references, settings.metrics).figures()
+
+    return figures
 
 
 def epoch_batches(prepared: Prepared) -> EpochBatches:

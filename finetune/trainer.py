@@ -1,7 +1,7 @@
 """TRL's `SFTTrainer` on our batches: only what changes, each with its reason."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from finetune.data.sampling import EpochBatches
 from finetune.data.sequences import Layout
 from finetune.data.streaming import ExampleStream, Position, StreamCollator
 from finetune.errors import RunDirError
+from finetune.metrics import lower_is_better
 from finetune.model.adapters import base_of, require_grad_on_language_inputs_only
 from finetune.model.compiling import compiled_layers
 from finetune.model.lora import add_in_place
@@ -55,11 +56,13 @@ class VisionSFTTrainer(SFTTrainer):
         stream: ExampleStream | None = None,
         on_findings: Callable[[list[Finding]], None] = lambda findings: None,
         recipe: Recipe | None = None,
+        answer_figures: Callable[[], Mapping[str, float]] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ):
         """`num_train_rows` of the collator's rows are trained, the others held out. With a
         `stream` it is trained instead, and `on_findings` is told what was left out of it. The
         `recipe` tells which weights step at which rate; without one all step at that of `args`.
+        `answer_figures` gives metrics of answers at every evaluation.
         """
         num_rows = len(collator.rows)
         # The dataset holds row numbers, so that rows stay as they were read and TRL's own
@@ -76,6 +79,8 @@ class VisionSFTTrainer(SFTTrainer):
         self.num_streamed = {"taken": 0, "trained": 0, "left out": 0}
         self.recipe = recipe
         self.rates: dict[str, float] = {}
+        self.answer_figures = answer_figures
+        self._held_out = torch.zeros(2)  # loss, summed, and learnt tokens
         base = base_of(model)
         if recipe:
             args.optim_target_modules = projected_modules(base, collator.encoder.family, recipe)
@@ -261,6 +266,35 @@ class VisionSFTTrainer(SFTTrainer):
         self.num_samples_seen += num_rows * self.args.world_size
         return super().training_step(model, inputs, *args, **kwargs)
 
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The stock one; and the loss is summed, of which it gives the mean over a batch."""
+        result = super().prediction_step(model, inputs, *args, **kwargs)
+        count = num_learnt(inputs).float().cpu()
+        assert result[0] is not None
+        self._held_out += torch.stack([result[0].float().cpu() * count, count])
+        return result
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """The stock one, with the loss a token instead of the mean over batches, whatever their
+        length, its perplexity, and the metrics of answers.
+        """
+        self._held_out = torch.zeros(2)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        summed: Any = self.accelerator.reduce(self._held_out.to(self.args.device))
+        loss = float(summed[0] / summed[1].clamp(min=1))
+        found = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+        if self.answer_figures:
+            with self.accelerator.autocast():  # as in training
+                found |= self.answer_figures()
+        assert output.metrics is not None
+        output.metrics.update({f"{metric_key_prefix}_{name}": each for name, each in found.items()})
+        return output
+
+    def _load_best_model(self) -> None:
+        """Ours, as for a resumed run."""
+        assert self.state.best_model_checkpoint
+        load_checkpoint(self.model, Path(self.state.best_model_checkpoint))
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: TRL would write an empty card beside every checkpoint; `push` makes one that
         says something.
@@ -338,6 +372,9 @@ def training_arguments(recipe: Recipe, run: RunDir, *, num_eval_rows: int) -> SF
         ignore_data_skip=any(source.streaming for source in recipe.data.train),  # it skips itself
         eval_strategy="steps" if num_eval_rows else "no",
         eval_steps=recipe.evaluation.every_steps,
+        load_best_model_at_end=recipe.evaluation.load_best,
+        metric_for_best_model=recipe.evaluation.best_metric,
+        greater_is_better=not lower_is_better(recipe.evaluation.best_metric),
         prediction_loss_only=True,  # or TRL keeps the logits of all held-out rows
         dataloader_num_workers=training.num_workers,
         dataloader_prefetch_factor=prefetch_factor(training),

@@ -113,6 +113,7 @@ def write_examples(out: Path) -> None:
     textvqa(out / "textvqa")
     vqav2(out)
     chartqa(out / "chartqa")
+    mmmu(out)
     cord(out / "cord")
     coco_captions(out / "coco-captions")
     columns(out / "columns")
@@ -304,6 +305,19 @@ def chartqa(folder: Path) -> None:
         for name, height in HEIGHTS.items()
     ]
     write_document(folder / "rows.json", rows)
+
+
+def mmmu(folder: Path) -> None:
+    """Parquet as on the Hub: options as Python writes a list, seven columns for images."""
+    options = [f"a {name}" for name in SHAPES]
+    rows = []
+    for number, name in enumerate(SHAPES):
+        row = {"id": f"validation_Shapes_{number + 1}", "question": "Which is <image 1>?"}
+        row |= {"options": str(options), "answer": "ABC"[number]}
+        row |= {"question_type": "multiple-choice", "subfield": "Shapes"}
+        row |= {"image_1": as_cell(FIGURES[name], f"{name}.png"), "image_2": None}
+        rows.append(row)
+    write_parquet(folder / "mmmu.parquet", rows)
 
 
 def cord(folder: Path) -> None:

@@ -102,6 +102,7 @@ GOOD: dict[str, Any] = {
         "answers": [{"answer": "12"}],
     },
     "chartqa": {"query": "Which?", "image": "good.png", "label": ["12"]},
+    "mmmu": {"question": "Which?", "image_1": "good.png", "options": ["x"], "answer": "A"},
     "cord": {"image": "good.png", "ground_truth": '{"gt_parse": {"total": "12"}}'},
     "coco-captions": {"image": "good.png", "captions": ["A man on a moped."]},
     "columns": {"scan": "good.png", "asked": "Which?", "given": "12"},
@@ -1399,6 +1400,19 @@ BAD_ROWS: dict[str, list[BadRow]] = {
             "'image' must be a path, a data URI, a URL or bytes, found a list; name the "
             "image there, or remove it",
             change={"image": [1]},
+        ),
+        of(
+            "mmmu",
+            "an answer that is no option",
+            "'answer' is 'B', and the options have the letters A; write one of these (test "
+            "splits come without answers)",
+            change={"answer": "B"},
+        ),
+        of(
+            "mmmu",
+            "an image that is not there",
+            "<image 2> is mentioned, and 'image_2' holds nothing; give it there",
+            change={"question": "Which is <image 2>?"},
         ),
         of(
             "cord",

@@ -222,7 +222,7 @@ def test_held_out_rows_are_carved_out_and_kept_apart_from_training(
     judged = [row["where"] for row in read_jsonl(tmp_path / "run/evaluation/predictions.jsonl")]
     from finetune.evaluate import evaluate
 
-    assert evaluate(tmp_path / "run", console=QUIET).num_rows == 3
+    assert evaluate(tmp_path / "run", console=QUIET).figures["num_eval_rows"] == 3
     again = [row["where"] for row in read_jsonl(tmp_path / "run/evaluation/predictions.jsonl")]
     assert again == judged
 

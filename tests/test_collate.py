@@ -64,7 +64,8 @@ def test_a_batch_gives_each_row_the_loss_it_has_alone(
         nano_processor.image_processor.do_image_splitting = False
     nano_model.eval()
     expected = torch.cat([row_losses(nano_model, batch) for batch in alone])
-    torch.testing.assert_close(row_losses(nano_model, together), expected, atol=1e-5, rtol=1e-5)
+    # of float32, whose sums are added in other orders on other processors
+    torch.testing.assert_close(row_losses(nano_model, together), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_tensors_are_the_processors(encoder: Encoder, rows: list[Row]) -> None:

@@ -77,6 +77,7 @@ FILES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "textvqa/rows.json": ("textvqa", 3, {}),
     "vqav2.parquet": ("vqav2", 3, {}),
     "chartqa/rows.json": ("chartqa", 3, {"image_root": str(EXAMPLES / "chartqa" / "png")}),
+    "mmmu.parquet": ("mmmu", 3, {}),
     "cord": ("cord", 3, {}),
     "coco-captions/captions.json": ("coco-captions", 3, {}),
     "captions-000.tar": ("coco-captions", 3, {}),

@@ -368,7 +368,7 @@ def test_a_tiny_checkpoint_is_trained_evaluated_merged_and_reloaded(
     answers = [line["adapter"] for line in read_jsonl(run.predictions)]
 
     again = evaluate(run.path, console=quiet)
-    assert again.adapter == summary["adapter"]
+    assert again.figures["adapter"] == summary["adapter"]
     assert [line["adapter"] for line in read_jsonl(run.predictions)] == answers
 
     trained = load_recipe(run.recipe)

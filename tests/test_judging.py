@@ -1,23 +1,27 @@
 """Answers and figures, against generation one row at a time and against the untouched base."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
 from data_formats.chat import Conversation, parse_chat
+from finetune.asking import Answer, HeldOut
 from finetune.data.examples import Encoder
 from finetune.data.images import ImageAccess
 from finetune.data.sources import Row
 from finetune.families import FAMILIES
-from finetune.judging import judge, sides_of_adapted
+from finetune.judging import Judgement, judge
 from finetune.model.adapters import add_adapter
 from finetune.model.generate import generate_answers
 from finetune.recipe import AdapterSection, EvaluationSection, Recipe
 from finetune.rundir import RunDir, read_jsonl
+from finetune.sides import Side, sides_of_adapted
 from tests.conftest import chat_row
 
 QUESTIONS = [
@@ -41,9 +45,25 @@ def rows(tmp_path: Path, picture: Any) -> list[Row]:
     return rows
 
 
-def sides_of(adapted: Any, encoder: Encoder) -> Any:
+def sides_of(adapted: Any, encoder: Encoder, folder: Path) -> dict[str, Side]:
     recipe = {"model": {"name": "nano"}, "data": {"train": [{"hub": "user/name"}]}}
-    return sides_of_adapted(adapted, encoder, Recipe.model_validate(recipe))
+    sides = sides_of_adapted(adapted, encoder, Recipe.model_validate(recipe), folder)
+    assert sides.adapter
+    return {"base": sides.base, "adapter": sides.adapter}
+
+
+def judged(
+    sides: dict[str, Side], rows: list[Row], settings: EvaluationSection, run: RunDir
+) -> Judgement:
+    lengths = np.array([len(sides["base"].encoder.encode(row).input_ids) for row in rows])
+    asked = HeldOut(rows, lengths, "these rows")
+    return judge(sides, asked, settings, run.evaluation, run.partial, Console(quiet=True))
+
+
+def answering(*given: list[str]) -> Any:
+    """In the place of `ask_rows`: the answers of each side, in the order of asking."""
+    sides = iter(given)
+    return lambda *_: [Answer(text, 2.0, 4) for text in next(sides)]
 
 
 def test_answers_of_a_batch_are_those_given_one_by_one(
@@ -79,7 +99,7 @@ def test_the_base_answers_without_the_adapter_and_the_adapter_with_it(
     assert changed != untouched
     run = RunDir(tmp_path / "run")
     settings = EvaluationSection(**options)
-    judgement = judge(sides_of(adapted, encoder), rows, settings, run, Console(quiet=True))
+    judgement = judged(sides_of(adapted, encoder, tmp_path), rows, settings, run)
     lines = read_jsonl(run.predictions)
     assert [line["base"] for line in lines] == untouched
     assert [line["adapter"] for line in lines] == changed
@@ -95,17 +115,17 @@ def test_figures_are_means_over_the_rows_judged(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    given = {"base": ["answer 0", "x", "x"], "adapter": ["answer 0", "answer 1", "y"]}
-    answers = iter(given.values())
-    monkeypatch.setattr("finetune.judging._answer", lambda *_: next(answers))
+    given = (["answer 0", "x", "x"], ["answer 0", "answer 1", "y"])
+    monkeypatch.setattr("finetune.judging.ask_rows", answering(*given))
     adapted = add_adapter(nano_model, FAMILIES["idefics2"], AdapterSection(), "nano")
     settings = EvaluationSection(metrics=("exact_match",), max_rows=3)
-    judgement = judge(
-        sides_of(adapted, encoder), rows, settings, RunDir(tmp_path), Console(quiet=True)
-    )
-    assert judgement.base == {"exact_match": pytest.approx(1 / 3)}
-    assert judgement.adapter == {"exact_match": pytest.approx(2 / 3)}
-    assert judgement.num_rows == 3
+    sides = sides_of(adapted, encoder, tmp_path)
+    figures = judged(sides, rows, settings, RunDir(tmp_path)).figures()
+    likely = {"loss": 0.5, "perplexity": pytest.approx(math.exp(0.5))}
+    assert figures["base"] == {"exact_match": pytest.approx(1 / 3), **likely}
+    assert figures["adapter"] == {"exact_match": pytest.approx(2 / 3), **likely}
+    assert figures["num_eval_rows"] == 3
+    assert figures["differences"]["exact_match"]["verdict"] == "cannot tell"
 
 
 def test_any_of_the_references_counts_as_right(
@@ -118,10 +138,9 @@ def test_any_of_the_references_counts_as_right(
     *before, last = rows[0].conversation.messages
     several = replace(last, references=("answer 0", "first answer"))
     row = replace(rows[0], conversation=Conversation((*before, several)))
-    answers = iter([["first answer"], ["another"]])
-    monkeypatch.setattr("finetune.judging._answer", lambda *_: next(answers))
+    monkeypatch.setattr("finetune.judging.ask_rows", answering(["first answer"], ["another"]))
     adapted = add_adapter(nano_model, FAMILIES["idefics2"], AdapterSection(), "nano")
     run, settings = RunDir(tmp_path), EvaluationSection(metrics=("exact_match",))
-    judgement = judge(sides_of(adapted, encoder), [row], settings, run, Console(quiet=True))
-    assert (judgement.base, judgement.adapter) == ({"exact_match": 1.0}, {"exact_match": 0.0})
+    figures = judged(sides_of(adapted, encoder, tmp_path), [row], settings, run).figures()
+    assert (figures["base"]["exact_match"], figures["adapter"]["exact_match"]) == (1.0, 0.0)
     assert read_jsonl(run.predictions)[0]["references"] == ["answer 0", "first answer"]

@@ -76,7 +76,7 @@ def test_a_quantised_base_is_trained_and_reloads_for_eval(
     run = RunDir(tmp_path / "run")
     answers = [line["adapter"] for line in read_jsonl(run.predictions)]
     summary = read_json(run.summary)
-    assert evaluate(run.path, console=QUIET).adapter == summary["adapter"]
+    assert evaluate(run.path, console=QUIET).figures["adapter"] == summary["adapter"]
     assert [line["adapter"] for line in read_jsonl(run.predictions)] == answers
     from safetensors.torch import load_file
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from finetune.charts import curve, smooth, thin
-from finetune.report import judge, sign_test, wilson_interval, write_report
+from finetune.report import judge, wilson_interval, write_report
 from finetune.rundir import RunDir, write_json, write_jsonl
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -58,8 +58,13 @@ def finished(stopped: RunDir) -> RunDir:
     write_jsonl(run.predictions, rows)
     write_jsonl(run.skipped, [{"where": "data/train.jsonl:3", "reason": "image '<b>' is missing"}])
     write_json(run.environment, {"device": "cpu", "versions": {"torch": "2.13.0"}})
-    summary = {"base": {"exact_match": 0.1, "anls": 0.25}, "adapter": {"exact_match": 0.9}}
+    summary: dict = {"base": {"exact_match": 0.1, "anls": 0.25}, "adapter": {"exact_match": 0.9}}
     summary["adapter"]["anls"] = 0.75
+    summary["intervals"] = {"base": {"anls": [0.2, 0.3]}, "adapter": {"anls": [0.7, 0.8]}}
+    summary["differences"] = {
+        "exact_match": {"interval": [0.5, 1.0], "verdict": "better"},
+        "anls": {"interval": [0.4, 0.6], "verdict": "better"},
+    }
     facts = {"first_loss": 2.5, "last_loss": 0.125, "peak_memory_gib": 0.914}
     counts = {"num_eval_rows": 10, "train_seconds": 131.2, "samples_per_second": 21.37}
     write_json(run.summary, {**summary, **facts, **counts, "trainable_parameters": 61_440})
@@ -91,7 +96,7 @@ def test_the_run_s_facts_and_every_metric_are_shown(finished: RunDir):
     words = words_of(page_of(finished))
     for fact in ("0.91 GiB", "2 min 11 s", "21.4", "0.125", "61,440", "nano · lora · rank 8"):
         assert fact in words
-    assert "ANLS 0.2500.750 +0.500" in words
+    assert "ANLS 0.250 [0.200, 0.300]0.750 [0.700, 0.800] +0.500 [+0.400, +0.600] better" in words
     assert "versions.torch2.13.0" in words
 
 
@@ -162,29 +167,31 @@ def test_an_answer_with_a_line_separator_stays_one_row(finished: RunDir):
 
 
 @pytest.mark.parametrize(
-    ("fixed", "broken", "base", "adapter", "word"),
+    ("verdict", "base", "adapter", "word"),
     [
-        (6, 0, 0.0, 0.6, "Better"),  # p = 2 / 64
-        (5, 0, 0.0, 0.5, "Cannot tell"),  # p = 2 / 32
-        (0, 6, 0.6, 0.0, "Worse"),
-        (3, 3, 0.5, 0.5, "No change"),
-        (0, 0, 0.1, 0.2, "Better, it seems"),  # no row carries a score that differs
+        ("better", 0.0, 0.6, "Better"),
+        ("worse", 0.6, 0.0, "Worse"),
+        ("cannot tell", 0.0, 0.5, "Cannot tell at n = 10"),
+        (None, 0.1, 0.2, "Better, it seems"),  # no interval was kept
+        (None, 0.2, 0.2, "No change"),
     ],
 )
-def test_the_verdict_is_sure_only_where_the_rows_are(fixed, broken, base, adapter, word):
-    rows = [prediction(1, base=False, adapter=True)] * fixed
-    rows += [prediction(1, base=True, adapter=False)] * broken
+def test_the_verdict_is_that_of_the_paired_interval(verdict, base, adapter, word):
     summary = {"base": {"exact_match": base}, "adapter": {"exact_match": adapter}}
-    verdict = judge(summary, rows)
-    assert verdict is not None
-    assert verdict.word == word
+    summary |= {"num_eval_rows": 10}
+    if verdict:
+        summary["differences"] = {"exact_match": {"interval": [-0.1, 0.1], "verdict": verdict}}
+    found = judge(summary, [])
+    assert found is not None
+    assert found.word == word
 
 
 def test_a_lower_error_rate_is_better():
     row = {"scores": {"base": {"cer": 0.5}, "adapter": {"cer": 0.0}}}
     verdict = judge({"base": {"cer": 0.5}, "adapter": {"cer": 0.0}}, [row] * 8)
     assert verdict is not None
-    assert verdict.word == "Better"
+    assert verdict.word == "Better, it seems"
+    assert (verdict.num_better, verdict.num_worse) == (8, 0)
     assert verdict.shares is not None
     assert [share.right for share in verdict.shares] == [0, 8]
 
@@ -194,8 +201,6 @@ def test_the_intervals_agree_with_published_figures():
     assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
     low, high = wilson_interval(0, 20)
     assert (round(low, 4), round(high, 4)) == (0.0, 0.1611)
-    assert sign_test(8, 2) == pytest.approx(2 * (1 + 10 + 45) / 1024)
-    assert sign_test(1, 1) == 1.0
 
 
 def test_a_step_run_again_after_a_resume_counts_once():

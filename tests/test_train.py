@@ -64,7 +64,9 @@ def test_a_run_leaves_the_whole_run_directory(finished: tuple[RunDir, str]) -> N
     }
     summary = json.loads(run.summary.read_text())
     assert summary["num_eval_rows"] == 4
-    assert set(summary["base"]) == set(summary["adapter"]) == {"anls", "exact_match"}
+    measured = {"anls", "exact_match", "loss", "perplexity"}
+    assert set(summary["base"]) == set(summary["adapter"]) == measured
+    assert set(summary["differences"]) == measured
     for name in ("first_loss", "last_loss", "train_seconds", "samples_per_second"):
         assert summary[name] > 0
     assert 0.2 < summary["peak_memory_gib"] < 20
@@ -119,7 +121,7 @@ def test_eval_gives_the_figures_of_the_run_again(finished: tuple[RunDir, str]) -
     done = run_cli("eval", run.path, "--json")
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
-    assert figures == {k: before[0][k] for k in ("base", "adapter", "num_eval_rows")}
+    assert figures == {name: before[0][name] for name in figures}
     assert read_jsonl(run.predictions) == before[1]
 
 

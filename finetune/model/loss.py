@@ -23,6 +23,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from finetune.data.collate import IGNORED_LABEL
 from finetune.errors import ModelError
+from finetune.model.adapters import base_of
 from finetune.model.quantize import is_quantized
 
 MAX_LOGITS = 2**25
@@ -87,7 +88,8 @@ def _learning_class(plain: Any) -> type:
         self: Any, *args: Any, fused_lm_head: bool = False, label_weights: Any = None, **kwargs: Any
     ) -> Any:
         if fused_lm_head:
-            return score_labels(self, *args, label_weights=label_weights, **kwargs)
+            kernel = self.loss_kernel
+            return score_labels(self, *args, label_weights=label_weights, kernel=kernel, **kwargs)
         return plain.forward(self, *args, **kwargs)
 
     # under its own name, which is saved with the configuration
@@ -100,6 +102,7 @@ def score_labels(
     labels: torch.Tensor,
     label_weights: torch.Tensor | None = None,
     num_items_in_batch: torch.Tensor | int | None = None,
+    kernel: LossKernel = "torch",
     **kwargs: Any,
 ) -> FusedCausalLMOutput:
     """How the model predicts every label [B, T] from the tokens before it.
@@ -116,7 +119,7 @@ def score_labels(
     hidden_ND = hidden_BTD[functional.pad(mask, (0, 1))]  # the last token predicts nothing
     targets_N = labels[:, 1:][mask]
     head = model.get_output_embeddings()
-    if model.loss_kernel == "liger" and len(targets_N):
+    if kernel == "liger" and len(targets_N):
         log_probs = _liger_log_prob(head, hidden_ND, targets_N, counts[mask])
         entropy = is_top1 = torch.zeros_like(log_probs, requires_grad=False)
     else:
@@ -134,6 +137,20 @@ def score_labels(
         is_top1=is_top1,
         label_mask=counts,
     )
+
+
+@torch.inference_mode()
+def sum_losses(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """Of each row of a collated batch the loss, in nats and summed, and the number of tokens that
+    it is summed over [B, 2].
+    """
+    model = base_of(model)
+    inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    model.eval()
+    output = score_labels(model, **inputs)
+    assert output.log_probs is not None
+    assert output.label_mask is not None
+    return torch.stack([-output.log_probs.sum(dim=1), output.label_mask.sum(dim=1)], dim=1)
 
 
 def rows_of_chunk(num_entries: int) -> int:

@@ -19,6 +19,7 @@ def conflicts(recipe: Any) -> Iterator[Problem]:
     yield from _adapter_conflicts(recipe)
     yield from _cache_conflicts(recipe)
     yield from _training_conflicts(recipe)
+    yield from _evaluation_conflicts(recipe)
     yield from _part_conflicts(recipe)
     yield from _optimizer_conflicts(recipe)
 
@@ -184,6 +185,39 @@ def _cache_conflicts(recipe: Any) -> Iterator[Problem]:
             "set one of both to off (random_upscale: 1)",
             "training.vision_cache",
             "data.random_upscale",
+        )
+
+
+def _evaluation_conflicts(recipe: Any) -> Iterator[Problem]:
+    evaluation, every = recipe.evaluation, recipe.evaluation.every_steps
+    chooses = [name for name in ("load_best", "patience") if getattr(evaluation, name)]
+    if not chooses:
+        return
+    key = f"evaluation.{chooses[0]}"
+    if not recipe.data.eval and not recipe.data.eval_fraction:
+        yield _conflict("needs held-out rows; name data.eval, or set data.eval_fraction", key)
+    if evaluation.load_best and recipe.training.save_steps != every:
+        yield _conflict(
+            f"needs a checkpoint at every evaluation; set training.save_steps: {every}, as "
+            "evaluation.every_steps",
+            "evaluation.load_best",
+            "training.save_steps",
+            "evaluation.every_steps",
+        )
+    best = evaluation.best_metric
+    if best == "loss":
+        return
+    if best not in evaluation.metrics:
+        yield _conflict(
+            f"{best} is not measured; add it to evaluation.metrics",
+            "evaluation.best_metric",
+            "evaluation.metrics",
+        )
+    if not evaluation.rows_in_training:
+        yield _conflict(
+            f"{best} is of answers, and evaluation.rows_in_training: 0 asks for none; raise it",
+            "evaluation.best_metric",
+            "evaluation.rows_in_training",
         )
 
 

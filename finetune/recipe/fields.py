@@ -10,7 +10,24 @@ from finetune.recipe.files import HUB_ID
 from finetune.recipe.messages import in_words
 
 Part = Literal["language", "connector", "vision"]
-Metric = Literal["exact_match", "anls"]
+Metric = Literal[
+    "exact_match",
+    "contains",
+    "anls",
+    "vqa_accuracy",
+    "relaxed_accuracy",
+    "cer",
+    "wer",
+    "token_f1",
+    "bleu",
+    "rouge_l",
+    "cider",
+    "json_f1",
+    "nted",
+    "anls_star",
+    "multiple_choice",
+    "count",
+]
 FormatName = Literal[
     "auto",
     "chat",
@@ -27,6 +44,7 @@ FormatName = Literal[
     "mantis",
     "coco-captions",
     "chartqa",
+    "mmmu",
     "columns",
 ]
 Tracker = Literal["tensorboard", "trackio", "wandb"]
@@ -83,6 +101,8 @@ Optimizer = Literal[
     "apollo_adamw_layerwise",
     "stable_adamw",
 ]
+
+BestMetric = Literal["loss"] | Metric
 
 PARTS: tuple[str, ...] = get_args(Part)
 METRICS: tuple[str, ...] = get_args(Metric)

@@ -61,6 +61,8 @@ def _without_effect(recipe: Recipe) -> Iterator[tuple[str, str]]:
             "training.gradient_accumulation",
             "at 1 with batch_size: 1, and every step follows a single row; raise one of them",
         )
+    if not recipe.evaluation.load_best and not recipe.evaluation.patience:
+        yield "evaluation.best_metric", "without load_best or patience"
     if training.group_by_cost and any(source.streaming for source in recipe.data.train):
         yield "training.group_by_cost", "on streamed rows, whose cost is not known beforehand"
     yield from _without_company(recipe)

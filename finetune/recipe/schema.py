@@ -9,6 +9,7 @@ from finetune.recipe.conflicts import conflicts
 from finetune.recipe.fields import (
     Alpha,
     AutoOrOff,
+    BestMetric,
     Chosen,
     Count,
     Edge,
@@ -278,15 +279,27 @@ class EvaluationSection(Section):
     """How the held-out rows are judged."""
 
     every_steps: Count = 200
-    """Steps between two evaluations."""
+    """Steps between two evaluations in training: loss, and answers to some held-out rows."""
+    rows_in_training: Annotated[int, Field(ge=0)] = 100
+    """Held-out rows answered in training, the first ones. 0 leaves the loss alone."""
     metrics: Annotated[Chosen[Metric], Field(min_length=1)] = ("anls", "exact_match")
     """Figures to compute."""
     max_new_tokens: Count = 64
     """Longest answer that is generated."""
+    prompt_suffix: Text | None = None
+    """A line added to every question that is judged, such as: Give a very brief answer."""
     batch_size: Count = 8
     """Rows per device answered at once."""
+    batch_tokens: Count | None = None
+    """Tokens per device answered at once, padding and answer included: fewer rows where long."""
     max_rows: Count | None = None
     """Held-out rows judged, the first ones. Without it, all."""
+    best_metric: BestMetric = "loss"
+    """What tells which evaluation in training was the best."""
+    load_best: bool = False
+    """End with the weights of the best evaluation, not with the last ones."""
+    patience: Count | None = None
+    """Stop after so many evaluations without a better one. Without it, never."""
 
 
 class OutputSection(Section):

@@ -1,0 +1,201 @@
+"""Held-out rows put to a model: what it answers, and how likely it holds the references. Shared out
+over processes, and gone on with where an earlier attempt was broken off.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from rich.console import Console
+from rich.progress import Progress
+
+from data_formats.chat import Conversation, Text
+from finetune.data.collate import collate
+from finetune.data.examples import Encoder
+from finetune.data.sources import Row
+from finetune.model.generate import generate_answers
+from finetune.model.loss import sum_losses
+from finetune.recipe import EvaluationSection
+from finetune.rundir import append_jsonl, read_jsonl
+from finetune.sides import Side
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model makes of a row: its own words, and of the row's learnt tokens the loss, in nats
+    and summed, and their number.
+    """
+
+    text: str
+    loss: float
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Rows to ask, what they are long in tokens [N], and a digest of what a model sees of them."""
+
+    rows: Sequence[Row]
+    num_tokens: np.ndarray
+    digest: str
+
+    def first(self, num_rows: int | None) -> "HeldOut":
+        """The first ones of them; all for None."""
+        return HeldOut(self.rows[:num_rows], self.num_tokens[:num_rows], self.digest)
+
+
+class KeptAnswers:
+    """Answers on disk, a line a row, so that a process that is killed loses one batch at most."""
+
+    def __init__(self, folder: Path, question: str):
+        """`question` stands for all but the model: which rows they are, and how they are asked."""
+        self.folder = folder
+        self.question = question
+
+    def known(self, side: Side) -> dict[int, Answer]:
+        """Those that this side gave to these rows, whichever process wrote them."""
+        found = {}
+        for file in sorted(self.folder.glob("*.jsonl")):
+            for line in read_jsonl(file):
+                if line.pop("key") == self._key(side):
+                    number = line.pop("row")
+                    found[number] = Answer(**line)
+        return found
+
+    def add(self, side: Side, numbers: Sequence[int], answers: Sequence[Answer]) -> None:
+        """Keep the answers to the rows of these numbers."""
+        append_jsonl(
+            self.folder / f"{process()[0]}.jsonl",
+            (
+                {"key": self._key(side), "row": number, **asdict(answer)}
+                for number, answer in zip(numbers, answers, strict=True)
+            ),
+        )
+
+    def _key(self, side: Side) -> str:
+        return f"{side.key}:{self.question}"
+
+
+def process() -> tuple[int, int]:
+    """This process's number, and how many there are."""
+    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
+        return 0, 1
+    state = PartialState(cpu=not torch.cuda.is_available())
+    return state.process_index, state.num_processes
+
+
+def ask_rows(
+    side: Side,
+    asked: HeldOut,
+    settings: EvaluationSection,
+    console: Console,
+    who: str,
+    kept: KeptAnswers | None = None,
+) -> list[Answer]:
+    """An answer a row, in their order; the same ones in every process.
+
+    The longest are asked first, so that memory runs out at once or never. Raises `DataError`.
+    """
+    rank, num_processes = process()
+    found = kept.known(side) if kept else {}
+    rows, num_tokens = asked.rows, asked.num_tokens
+    left = [i for i in np.argsort(-num_tokens, kind="stable").tolist() if i not in found]
+    console.print(
+        f"answering {len(left):,} held-out rows ({who})"
+        + (f"; {len(found):,} were answered before" if found else "")
+    )
+    own = left[rank::num_processes]
+    with Progress(console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(f"answering ({who})", total=len(own))
+        if own:
+            with side.opened() as model:
+                for numbers in batches_of(own, num_tokens, settings):
+                    batch = [with_suffix(rows[i], settings.prompt_suffix) for i in numbers]
+                    answers = _ask(model, side.encoder, batch, settings)
+                    found |= zip(numbers, answers, strict=True)
+                    if kept:
+                        kept.add(side, numbers, answers)
+                    bar.advance(task, len(numbers))
+    if num_processes > 1:
+        found = dict(gather_object(list(found.items())))
+    return [found[i] for i in range(len(rows))]
+
+
+def batches_of(
+    numbers: Iterable[int], num_tokens: np.ndarray, settings: EvaluationSection
+) -> Iterator[list[int]]:
+    """Rows that are answered at once: like goes with like where they come by their length, the
+    longest first.
+    """
+    batch: list[int] = []
+    for number in numbers:
+        longest = int(num_tokens[batch[0] if batch else number]) + settings.max_new_tokens
+        budget = settings.batch_tokens or longest * settings.batch_size
+        if batch and (len(batch) == settings.batch_size or (len(batch) + 1) * longest > budget):
+            yield batch
+            batch = []
+        batch.append(number)
+    if batch:
+        yield batch
+
+
+def with_suffix(row: Row, suffix: str | None) -> Row:
+    """The row with `suffix` on a line of its own at the end of the last question."""
+    if not suffix:
+        return row
+    messages = list(row.conversation.messages)
+    asked = max(
+        (
+            i
+            for i, message in enumerate(messages[: _last_answer(messages)])
+            if message.role == "user"
+        ),
+        default=None,
+    )
+    if asked is None:
+        return row
+    *before, last = messages[asked].content
+    if isinstance(last, Text):
+        content = (*before, Text(f"{last.text.rstrip()}\n{suffix}"))
+    else:
+        content = (*before, last, Text(suffix))
+    messages[asked] = replace(messages[asked], content=content)
+    return replace(row, conversation=Conversation(tuple(messages)))
+
+
+def _last_answer(messages: Sequence[Any]) -> int:
+    return max(i for i, message in enumerate(messages) if message.role == "assistant")
+
+
+def _ask(
+    model: Any, encoder: Encoder, rows: Sequence[Row], settings: EvaluationSection
+) -> list[Answer]:
+    """One batch, asked and scored; each picture is decoded once."""
+    pictures = encoder.new_pictures()
+    prompts, examples = [], []
+    for row in rows:
+        prompts.append(encoder.encode_prompt(row, pictures))
+        examples.append(encoder.encode(row, pictures=pictures))
+    texts = generate_answers(
+        model,
+        encoder.processor,
+        encoder.family,
+        prompts,
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=len(prompts),
+        packed_vision=encoder.packed_vision,
+    )
+    batch = collate(
+        examples, encoder.processor, encoder.family, packed_vision=encoder.packed_vision
+    )
+    losses = sum_losses(model, batch).tolist()
+    return [
+        Answer(text, loss, int(num_tokens))
+        for text, (loss, num_tokens) in zip(texts, losses, strict=True)
+    ]

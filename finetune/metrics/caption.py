@@ -1,0 +1,74 @@
+"""Figures for longer texts, by the words and word sequences they share with references."""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from rapidfuzz.distance import LCSseq
+
+_WORD = re.compile(r"[^\W_]+")
+
+
+def rouge_l(prediction: str, references: Sequence[str]) -> float:
+    """F1 of the longest common subsequence of words with the nearest reference, without case.
+
+    Words are runs of letters and digits of any script, unstemmed; 0 where one side has none.
+    Source: Lin 2004 (W04-1013, section 3.1) with beta 1, as google-research/rouge.
+    """
+    said = _words(prediction)
+    return max((_lcs_f1(said, _words(reference)) for reference in references), default=0.0)
+
+
+def _lcs_f1(said: Sequence[str], wanted: Sequence[str]) -> float:
+    if not said or not wanted:
+        return 0.0
+    return 2 * LCSseq.similarity(said, wanted) / (len(said) + len(wanted))
+
+
+def bleu_counts(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
+    """What corpus BLEU is made of, by row [N, 10]: length, nearest reference's length, n-grams
+    found for n of 1 to 4, n-grams there are. Source: sacrebleu 2.6, tokenizer 13a.
+    """
+    from sacrebleu.metrics.bleu import BLEU
+
+    bleu = BLEU(effective_order=True)
+    found = (
+        bleu.sentence_score(prediction, list(row))
+        for prediction, row in zip(predictions, references, strict=True)
+    )
+    rows = [[each.sys_len, each.ref_len, *each.counts, *each.totals] for each in found]
+    return np.array(rows, np.float64).reshape(-1, 10)
+
+
+def bleu(sums: np.ndarray) -> np.ndarray:
+    """Corpus BLEU, 0 to 1, of sums of counts [B, 10] -> [B]; smoothed as sacrebleu does."""
+    from sacrebleu.metrics.bleu import BLEU
+
+    def one(row: list[int]) -> float:
+        counts = row[2:6], row[6:], row[0], row[1]
+        found = BLEU.compute_bleu(*counts, smooth_method="exp", effective_order=True)
+        return min(found.score / 100, 1.0)  # it may be 100.00000000000004
+
+    return np.array([one(row) for row in sums.round().astype(int).tolist()])
+
+
+def cider(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
+    """CIDEr-D of each row [N], 0 to 10; 1 is what papers call 100.
+
+    The weights of words come from the references of all rows: on few rows, or of one sentence for
+    all, every score is near 0. Words are parted as in `rouge_l`, not by the original's Java
+    tokenizer. Source: Vedantam 2015 (arXiv 1411.5726), pycocoevalcap 1.2, cider_scorer.
+    """
+    from pycocoevalcap.cider.cider_scorer import CiderScorer
+
+    wanted = [[" ".join(_words(each)) for each in row] for row in references]
+    if not any(text for row in wanted for text in row):
+        return np.zeros(len(wanted))  # the scorer takes the maximum of no words
+    scorer = CiderScorer(n=4, sigma=6.0)
+    for prediction, row in zip(predictions, wanted, strict=True):
+        scorer += (" ".join(_words(prediction)), row)
+    return np.asarray(scorer.compute_score()[1], np.float64)
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(text.lower())

@@ -1,0 +1,78 @@
+"""`finetune compare`, on runs written by hand."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from finetune.cli import app
+from finetune.compare import compare
+from finetune.errors import DataError, RunDirError
+from finetune.rundir import RunDir, write_jsonl
+
+RECIPE = """
+model: {name: nano}
+data: {train: [{hub: user/name}], eval: [{hub: user/name}]}
+evaluation: {metrics: [exact_match]}
+"""
+
+
+def run_with(folder: Path, answers: list[str], *, file: str = "eval.jsonl") -> RunDir:
+    """Judged on rows whose right answer is `right`; the base never has it."""
+    run = RunDir(folder)
+    run.evaluation.mkdir(parents=True)
+    run.recipe.write_text(RECIPE)
+    rows = [
+        {
+            "where": f"/somewhere/{folder.name}/{file}:{i}",
+            "question": "What?",
+            "references": ["right"],
+            "base": "wrong",
+            "adapter": answer,
+        }
+        for i, answer in enumerate(answers)
+    ]
+    write_jsonl(run.predictions, rows)
+    return run
+
+
+def test_runs_are_compared_on_the_rows_they_share(tmp_path: Path) -> None:
+    first = run_with(tmp_path / "first", ["right"] * 10 + ["wrong"] * 10)
+    run_with(tmp_path / "better", ["right"] * 18 + ["wrong"] * 2 + ["right"] * 5)
+    run_with(tmp_path / "alike", ["wrong"] * 2 + ["right"] * 10 + ["wrong"] * 8)
+    names = ["first", "better", "alike"]
+    paths = [str(tmp_path / name) for name in names]
+    found = json.loads(CliRunner().invoke(app, ["compare", *paths, "--json"]).stdout)
+    assert found["num_rows"] == 20
+    assert found["left_out"] == {"first": 0, "better": 5, "alike": 0}
+    shares = {name: figures["exact_match"] for name, figures in found["figures"].items()}
+    assert shares == {"base": 0.0, "first": 0.5, "better": 0.9, "alike": 0.5}
+    verdicts = {name: each["exact_match"]["verdict"] for name, each in found["differences"].items()}
+    assert verdicts == {"base": "worse", "better": "better", "alike": "cannot tell"}
+    shown = CliRunner().invoke(app, ["compare", *paths]).stdout
+    assert "base of first" in shown
+    assert "better: 5 rows left out" in shown
+    by_letters = compare([first.path, paths[1]], ["cer"])
+    assert set(by_letters.measured["first"].columns) == {"cer"}
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
+    one = run_with(tmp_path / "one", ["right"]).path
+    other = run_with(tmp_path / "other", ["right"], file="elsewhere.jsonl").path
+    with pytest.raises(RunDirError, match="two runs or more"):
+        compare([one])
+    with pytest.raises(RunDirError, match="given twice"):
+        compare([one, one])
+    with pytest.raises(DataError, match="judged on no row in common"):
+        compare([one, other])
+    (other / "evaluation" / "predictions.jsonl").unlink()
+    with pytest.raises(RunDirError, match="was not judged on held-out rows"):
+        compare([one, other])
+    with pytest.raises(RunDirError, match="no such run"):
+        compare([one, tmp_path / "nowhere"])
+
+
+def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path: Path) -> None:
+    paths = [run_with(tmp_path / part / "run", ["right"]).path for part in ("a", "b")]
+    assert list(compare(paths).measured) == ["base", *map(str, paths)]

@@ -1,0 +1,385 @@
+"""Evaluation in training and after it: against one row at a time, the library's own loss, and runs
+that nothing interrupted.
+"""
+
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from data_formats.chat import parse_chat
+from finetune import asking, evaluate
+from finetune.asking import HeldOut, KeptAnswers, ask_rows, batches_of, with_suffix
+from finetune.data.collate import collate
+from finetune.data.examples import Encoder
+from finetune.data.images import ImageAccess
+from finetune.data.sources import Row
+from finetune.errors import DataError, RecipeError, RunDirError
+from finetune.model.loss import sum_losses
+from finetune.recipe import EvaluationSection, load_recipe
+from finetune.rundir import RunDir, read_json, read_jsonl, write_jsonl
+from finetune.sides import Side
+from finetune.train import train
+from tests.conftest import chat_row, noise, write_dataset, write_rows
+from tests.hub_server import Hub, Repo
+
+QUIET = Console(quiet=True)
+EAGER = {"learning_rate": 0.02, "warmup_ratio": 0.0}  # so that a few steps change answers
+
+
+def run_of(recipe: Path, overrides: Sequence[str] = (), **options: Any) -> RunDir:
+    loaded = load_recipe(recipe, overrides)
+    assert train(loaded, "it", console=QUIET, results=QUIET, **options) == 0
+    return RunDir(loaded.output.dir)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A run of four steps, judged on four rows."""
+    folder = tmp_path_factory.mktemp("made")
+    return run_of(write_dataset(folder, training=EAGER))
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> list[Row]:
+    """Seven questions of different lengths, every other one with a picture."""
+    found = []
+    for i in range(7):
+        files = [f"{i}.png"] * (i % 2)
+        for file in files:
+            noise(56 + 28 * i, 56, seed=i).save(tmp_path / file)
+        row = parse_chat(chat_row("What is written?" + " Or not?" * i, f"A{i}", *files))
+        found.append(Row(f"rows.jsonl:{i + 1}", row, ImageAccess(tmp_path)))
+    return found
+
+
+def side_of(model: Any, encoder: Encoder, asked: list[int] | None = None, most: int = 99) -> Side:
+    """A model that counts the batches it is asked, and dies after `most` of them."""
+
+    class Opened:
+        def __enter__(self) -> Any:
+            return model
+
+        def __exit__(self, *_: Any) -> None:
+            return None
+
+    def encode_prompt(row: Row, pictures: Any = None) -> Any:
+        if asked is not None:
+            if len(asked) == most:
+                raise KeyboardInterrupt
+            asked.append(int(row.where.rpartition(":")[2]))
+        return Encoder.encode_prompt(encoder, row, pictures)
+
+    watched = replace(encoder)
+    object.__setattr__(watched, "encode_prompt", encode_prompt)
+    return Side(lambda: Opened(), watched, "a side")
+
+
+def held_out(rows: list[Row], encoder: Encoder) -> HeldOut:
+    lengths = np.array([len(encoder.encode(row).input_ids) for row in rows])
+    return HeldOut(rows, lengths, "these")
+
+
+def ask(side: Side, asked: HeldOut, folder: Path | None = None, **settings: Any) -> Any:
+    kept = KeptAnswers(folder, "question") if folder else None
+    section = EvaluationSection(max_new_tokens=6, **settings)
+    return ask_rows(side, asked, section, QUIET, "side", kept)
+
+
+def test_answers_and_losses_of_batches_are_those_of_single_rows(
+    nano_model: Any, encoder: Encoder, rows: list[Row]
+) -> None:
+    asked, side = held_out(rows, encoder), side_of(nano_model, encoder)
+    alone = ask(side, asked, batch_size=1)
+    several: list[dict[str, Any]] = [{"batch_size": 7}, {"batch_size": 3}, {"batch_tokens": 200}]
+    for settings in several:
+        together = ask(side, asked, **settings)
+        assert [a.text for a in together] == [a.text for a in alone]
+        assert [a.loss for a in together] == pytest.approx([a.loss for a in alone], abs=1e-4)
+    assert len({answer.text for answer in alone}) > 2
+
+
+def test_the_loss_is_that_of_the_library(
+    nano_model: Any, encoder: Encoder, rows: list[Row]
+) -> None:
+    for row in rows[:4]:
+        batch = collate([encoder.encode(row)], encoder.processor, encoder.family)
+        with torch.inference_mode():
+            expected = nano_model(**batch).loss
+        ((loss, count),) = sum_losses(nano_model, batch).tolist()
+        assert count == (batch["labels"][:, 1:] != -100).sum()
+        assert loss / count == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_the_longest_are_asked_first_and_never_more_than_the_budget_holds() -> None:
+    num_tokens = np.array([10, 90, 50, 50, 10, 10])
+    settings = EvaluationSection(max_new_tokens=10, batch_size=3, batch_tokens=120)
+    order = np.argsort(-num_tokens, kind="stable").tolist()
+    # 100 leave no room for another; two of 60 fill it; of 20 there would be six
+    assert list(batches_of(order, num_tokens, settings)) == [[1], [2, 3], [0, 4, 5]]
+    alone = EvaluationSection(max_new_tokens=10, batch_tokens=5)
+    assert [len(batch) for batch in batches_of(order, num_tokens, alone)] == [1] * 6
+
+
+def test_answers_of_a_killed_process_are_not_asked_for_again(
+    nano_model: Any, encoder: Encoder, rows: list[Row], tmp_path: Path
+) -> None:
+    asked = held_out(rows, encoder)
+    expected = ask(side_of(nano_model, encoder), asked, batch_size=2)
+    first: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        ask(side_of(nano_model, encoder, first, most=5), asked, tmp_path / "kept", batch_size=2)
+    (file,) = (tmp_path / "kept").iterdir()
+    with file.open("a") as torn:
+        torn.write('{"key": "a side:question", "row": 0, "te')
+    again: list[int] = []
+    found = ask(side_of(nano_model, encoder, again), asked, tmp_path / "kept", batch_size=2)
+    assert sorted(first[:4] + again) == [1, 2, 3, 4, 5, 6, 7]  # the fifth row's batch was lost
+    assert found == expected
+    nothing: list[int] = []
+    assert ask(side_of(nano_model, encoder, nothing), asked, tmp_path / "kept") == expected
+    assert nothing == []
+    other = replace(side_of(nano_model, encoder, nothing), key="another")
+    ask(other, asked, tmp_path / "kept")
+    assert len(nothing) == 7
+
+
+def test_a_suffix_stands_at_the_end_of_the_last_question(encoder: Encoder, rows: list[Row]) -> None:
+    brief = "Give a very brief answer."
+    row = with_suffix(rows[3], brief)
+    prompt = encoder.processor.tokenizer.decode(encoder.encode_prompt(row).input_ids)
+    plain = encoder.processor.tokenizer.decode(encoder.encode_prompt(rows[3]).input_ids)
+    question = rows[3].conversation.messages[0].text
+    assert prompt == plain.replace(question, f"{question}\n{brief}")
+    assert prompt != plain
+    assert with_suffix(rows[3], None) is rows[3]
+    two = parse_chat({"messages": chat_row("One?", "1")["messages"] * 2})
+    changed = with_suffix(replace(rows[0], conversation=two), brief).conversation
+    assert [brief in message.text for message in changed.messages] == [False, False, True, False]
+
+
+def test_training_logs_what_the_judging_finds(made: RunDir) -> None:
+    last = [line for line in read_jsonl(made.metrics) if "eval_loss" in line][-1]
+    adapter = read_json(made.summary)["adapter"]
+    assert last["eval_loss"] == pytest.approx(adapter["loss"], rel=1e-4)
+    assert last["eval_perplexity"] == pytest.approx(math.exp(last["eval_loss"]))
+    for name in ("anls", "exact_match"):
+        assert last[f"eval_{name}"] == pytest.approx(adapter[name])
+    losses = [row["scores"]["adapter"]["loss"] for row in read_jsonl(made.predictions)]
+    assert len(set(losses)) == 4
+
+
+def test_the_held_out_loss_is_of_tokens_and_not_of_batches(
+    dataset: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = dataset(num_eval=3, evaluation={"batch_size": 2, "rows_in_training": 0})
+    lines = read_jsonl(tmp_path / "eval.jsonl")
+    lines[2]["messages"][1]["content"] = "an answer that is much longer than the others are"
+    write_jsonl(tmp_path / "eval.jsonl", lines)
+    run = run_of(recipe)
+    last = [line for line in read_jsonl(run.metrics) if "eval_loss" in line][-1]
+    assert last["eval_loss"] == pytest.approx(read_json(run.summary)["adapter"]["loss"], rel=1e-4)
+    assert "eval_anls" not in last
+
+
+def weights_of(folder: Path) -> bytes:
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+DIVERGING = {"learning_rate": 3.0, "warmup_ratio": 0.0, "scheduler": "constant"}
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_run_ends_with_the_weights_of_its_best_evaluation(
+    dataset: Callable[..., Path], tmp_path: Path, finished: bool
+) -> None:
+    training = EAGER | {"max_steps": 3, "save_steps": 1, "keep_checkpoints": 3}
+    evaluation = {"every_steps": 1, "load_best": True, "rows_in_training": 0}
+    recipe = dataset(training=training, evaluation=evaluation)
+    lines = read_jsonl(tmp_path / "eval.jsonl")
+    for line in lines:  # what is learnt makes it ever less likely
+        line["messages"][1]["content"] = "something else altogether"
+    write_jsonl(tmp_path / "eval.jsonl", lines)
+    run = run_of(recipe)
+    losses = {m["step"]: m["eval_loss"] for m in read_jsonl(run.metrics) if "eval_loss" in m}
+    best = min(losses, key=lambda step: losses[step])
+    assert best != 3, losses
+    assert read_json(run.summary)["best_step"] == best
+    assert weights_of(run.adapter) == weights_of(run.checkpoints / f"checkpoint-{best}")
+    assert read_json(run.summary)["adapter"]["loss"] == pytest.approx(losses[best], rel=1e-4)
+    if finished:  # killed in its evaluation
+        before = weights_of(run.adapter)
+        (run.adapter / "adapter_model.safetensors").unlink()
+        run_of(recipe, resume=True)
+        assert weights_of(run.adapter) == before
+        assert read_json(run.summary)["best_step"] == best
+
+
+def test_a_run_without_a_better_evaluation_stops(dataset: Callable[..., Path]) -> None:
+    training = DIVERGING | {"max_steps": 9, "save_steps": 1}
+    evaluation = {"every_steps": 1, "patience": 2, "best_metric": "exact_match"}
+    recipe = dataset(training=training, evaluation=evaluation)
+    run = run_of(recipe)
+    steps = [m["step"] for m in read_jsonl(run.metrics) if "eval_loss" in m]
+    assert steps == [1, 2, 3]  # nothing is ever right, so the first stays the best
+    run_of(recipe, resume=True)
+    assert [m["step"] for m in read_jsonl(run.metrics) if "eval_loss" in m] == steps
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (["evaluation.load_best=true"], r"set training\.save_steps: 2, as evaluation\.every_steps"),
+        (["evaluation.patience=1", "evaluation.best_metric=cer"], "cer is not measured"),
+        (
+            [
+                "evaluation.patience=1",
+                "evaluation.best_metric=anls",
+                "evaluation.rows_in_training=0",
+            ],
+            "asks for none",
+        ),
+        (["evaluation.patience=1", "data.eval=[]"], "needs held-out rows"),
+        (["evaluation.metrics=[anl]"], "did you mean 'anls'"),
+    ],
+)
+def test_a_choice_that_cannot_be_made_is_refused(
+    dataset: Callable[..., Path], settings: list[str], told: str
+) -> None:
+    recipe = dataset(training={"save_steps": 3})
+    with pytest.raises(RecipeError, match=told):
+        load_recipe(recipe, settings)
+
+
+def test_figures_on_other_rows_leave_those_of_the_run_alone(made: RunDir, tmp_path: Path) -> None:
+    before = made.summary.read_bytes(), made.predictions.read_bytes()
+    noise(56, 56).save(tmp_path / "x.png")
+    write_rows(tmp_path / "other.jsonl", [chat_row("What?", "A1", "x.png")] * 2)
+    asked = evaluate.Asked(data=[tmp_path / "other.jsonl"], metrics=["cer"])
+    done = evaluate.evaluate(made.path, asked, console=QUIET)
+    assert done.folder == made.evaluations / "other"
+    assert set(done.figures["adapter"]) == {"cer", "loss", "perplexity"}
+    assert done.figures["num_eval_rows"] == 2
+    assert read_json(done.folder / "summary.json")["name"] == "other"
+    assert len(read_jsonl(done.folder / "predictions.jsonl")) == 2
+    assert (made.summary.read_bytes(), made.predictions.read_bytes()) == before
+    assert sorted(path.name for path in made.evaluations.iterdir()) == ["other"]
+    asked = evaluate.Asked(settings=["evaluation.max_rows=1"], name="one")
+    assert evaluate.evaluate(made.path, asked, console=QUIET).figures["num_eval_rows"] == 1
+
+
+def test_merged_weights_are_judged_beside_base_and_adapter(made: RunDir) -> None:
+    done = evaluate.evaluate(made.path, evaluate.Asked(merged=True), console=QUIET)
+    rows = read_jsonl(made.predictions)
+    assert [row["merged"] for row in rows] == [row["adapter"] for row in rows]
+    merged, adapter = done.figures["merged"], done.figures["adapter"]
+    assert merged == pytest.approx(adapter, rel=1e-4)
+    assert merged["loss"] != done.figures["base"]["loss"]
+
+
+def test_the_base_is_judged_alone(made: RunDir) -> None:
+    done = evaluate.evaluate(made.path, evaluate.Asked(base_only=True), console=QUIET)
+    assert done.figures["base"] == pytest.approx(read_json(made.summary)["base"], rel=1e-5)
+    assert done.figures["adapter"] == {}
+    assert [sorted(row["scores"]) for row in read_jsonl(done.folder / "predictions.jsonl")] == [
+        ["base"]
+    ] * 4
+
+
+@pytest.mark.parametrize(
+    ("asked", "error", "told"),
+    [
+        (evaluate.Asked(suite="docvq"), RecipeError, "none of docvqa, textvqa"),
+        (evaluate.Asked(suite="docvqa", data=["x.jsonl"]), RecipeError, "exclude each other"),
+        (evaluate.Asked(data=["nowhere.jsonl"]), DataError, r"nowhere\.jsonl"),
+        (evaluate.Asked(metrics=["anl"]), RecipeError, "did you mean 'anls'"),
+        (evaluate.Asked(settings=["training.seed=1"]), RecipeError, "only settings of evaluation"),
+        (evaluate.Asked(name="../x"), RecipeError, "the name of one folder"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(
+    made: RunDir, asked: evaluate.Asked, error: type[Exception], told: str
+) -> None:
+    with pytest.raises(error, match=told):
+        evaluate.evaluate(made.path, asked, console=QUIET)
+    with pytest.raises(RunDirError, match="no such run"):
+        evaluate.evaluate(made.path / "nowhere", console=QUIET)
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_does(made: RunDir) -> None:
+    evaluate.evaluate(made.path, console=QUIET)
+    before = [made.summary.read_text(), made.predictions.read_text()]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--master_port", "29517", "-m", "finetune", "eval", str(made.path)]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("difference") == 1  # one process prints
+    figures = [json.loads(before[0]), read_json(made.summary)]
+    for who in ("base", "adapter"):
+        assert figures[1][who] == pytest.approx(figures[0][who], rel=1e-5)
+    answers = [[json.loads(line)["adapter"] for line in text.splitlines()] for text in before[1:]]
+    assert [row["adapter"] for row in read_jsonl(made.predictions)] == answers[0]
+    assert not made.partial.exists()
+
+
+CARD = """---
+configs:
+- config_name: DocVQA
+  data_files:
+  - split: validation
+    path: DocVQA/validation-*
+---
+"""
+
+
+@pytest.mark.slow
+def test_a_suite_is_fetched_asked_and_stood_beside_the_paper(made: RunDir, tmp_path: Path) -> None:
+    pictures = []
+    for seed in range(3):
+        file = io.BytesIO()
+        noise(84, 56, seed).save(file, format="PNG")
+        pictures.append({"bytes": file.getvalue(), "path": None})
+    rows = [
+        {
+            "questionId": str(i),
+            "question": "What?",
+            "image": each,
+            "docId": i,
+            "answers": ["A", "B"],
+        }
+        for i, each in enumerate(pictures)
+    ]
+    out = io.BytesIO()
+    datasets.Dataset.from_list(rows).cast_column("image", datasets.Image()).to_parquet(out)
+    files = {"README.md": CARD.encode()}
+    files["DocVQA/validation-00000-of-00001.parquet"] = out.getvalue()
+    with Hub() as hub:
+        hub.repos["datasets/lmms-lab/DocVQA"] = Repo(private=False, branches={"main": files})
+        environment = os.environ | {
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_DISABLE_XET": "1",
+        }
+        command = [sys.executable, "-m", "finetune", "eval", str(made.path), "--suite", "docvqa"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "0.740 of idefics2-8b on test" in done.stdout
+    found = read_json(made.evaluations / "docvqa" / "summary.json")
+    assert found["num_eval_rows"] == 3
+    assert found["evaluation"]["prompt_suffix"] == "Give a very brief answer."
+    assert "anls" in found["adapter"]
+    assert asking.process() == (0, 1)
