@@ -34,10 +34,11 @@ on that line, and from any line above it in this list; never from a line below.
     metrics.text  metrics.vqa  metrics.chart  metrics.choice  metrics.caption  metrics.fields
     metrics.bootstrap  metrics
     environment
-    charts  report
+    charts  run_charts  gallery  report  watching
     checking  check_page  preview_page
     resuming  findings  callbacks  trainer
-    sides  asking  judging  preparation  vision_cache_plan  planning  fitting
+    sides  asking  judging  preparation  data_summary  vision_cache_plan  planning  fitting
+    training
     requirements  verifying  answering  serving  card  suites
     tables
     train  merge  serve  evaluate  push  chat  check  preview  convert  plan  score  compare

@@ -35,6 +35,8 @@ class Answer:
     text: str
     loss: float
     num_tokens: int
+    views: list[list[int]]
+    """Width and height of each view that it was shown, in pixels."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,11 @@ def _ask(
         examples, encoder.processor, encoder.family, packed_vision=encoder.packed_vision
     )
     losses = sum_losses(model, batch).tolist()
+    views = [
+        [[view.width_px, view.height_px] for plan in prompt.plans for view in plan.views]
+        for prompt in prompts
+    ]
     return [
-        Answer(text, loss, int(num_tokens))
-        for text, (loss, num_tokens) in zip(texts, losses, strict=True)
+        Answer(text, loss, int(num_tokens), shown)
+        for text, (loss, num_tokens), shown in zip(texts, losses, views, strict=True)
     ]

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
+from finetune.environment import peak_memory_gib
 from finetune.errors import ModelError
 from finetune.metrics import title_of
 from finetune.recipe import METRICS, EvaluationSection
@@ -21,8 +22,8 @@ from finetune.rundir import RunDir, read_jsonl, write_jsonl
 
 
 class MetricsFile(TrainerCallback):
-    """Appends a line to metrics.jsonl at every log, with the seconds and samples since the run
-    began.
+    """Appends a line to metrics.jsonl at every log, with the samples since the run began and the
+    seconds that they took, evaluations left out.
 
     On resume, lines after the checkpoint's step are taken out, and the counts go on from the last
     one kept.
@@ -62,12 +63,14 @@ class MetricsFile(TrainerCallback):
             return
         line = {"step": state.global_step, **logs}
         if "loss" in logs:
-            seconds, samples = time.perf_counter() - self._started, self.trainer.num_samples_seen
+            seconds = time.perf_counter() - self._started - self.trainer.seconds_evaluated
+            samples = self.trainer.num_samples_seen
             elapsed = seconds - self._last["seconds"]
             line |= {
                 "seconds": round(seconds, 3),
                 "samples": samples,
                 "samples_per_second": round((samples - self._last["samples"]) / elapsed, 3),
+                "peak_memory_gib": round(peak_memory_gib(), 3),
             }
             self._last = line
         with self.run.metrics.open("a", encoding="utf-8") as file:

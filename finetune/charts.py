@@ -1,14 +1,14 @@
-"""Line charts and histograms as inline SVG, coloured by the page: one drawing for light and dark.
+"""Line charts and histograms: as inline SVG, coloured by the page, and as PNG files.
 
-matplotlib draws with stand-in colours; afterwards each becomes a CSS variable (`--chart-raw`, ...)
-that the page sets.
+For a page matplotlib draws with stand-in colours; afterwards each becomes a CSS variable
+(`--chart-raw`, ...) that the page sets, so that one drawing does for light and dark.
 """
 
 import io
 import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,14 @@ STAND_INS = {
     "raw": "#010205",
     "smooth": "#010206",
     "held": "#010207",
+}
+# On white, for files.
+ON_WHITE = {
+    "ink": "#5c5c57",
+    "grid": "#dededa",
+    "raw": "#9cbce4",
+    "smooth": "#1d5fb8",
+    "held": "#b4540a",
 }
 MAX_POINTS = 600  # a line; more cannot be told apart at this width and only make the file larger
 SIZE_INCHES = (
@@ -47,19 +55,33 @@ class Line:
     marker: str = ""
 
 
-def draw_charts(log: Log) -> list[tuple[str, str]]:
-    """(title, SVG) of loss and learning rate; a curve of fewer than two points is not drawn."""
-    losses, rates = curve(log, "loss"), curve(log, "learning_rate")
-    charts = []
-    if len(losses) > 1:
-        (first, start), (last, end) = losses[0], losses[-1]
-        label = f"Loss {start:.3g} at step {first:.0f}, {end:.3g} at step {last:.0f}"
-        svg = loss_chart(losses, curve(log, "eval_loss"), label=label)
-        charts.append(("Loss", svg))
-    if len(rates) > 1:
-        label = f"Learning rate, at most {max(rate for _, rate in rates):.3g}"
-        charts.append(("Learning rate", learning_rate_chart(rates, label=label)))
-    return charts
+Colours = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A drawing in colours to be chosen. `name` keeps its ids apart from those of other charts on a
+    page, and is that of its file; `label` says what is to be seen.
+    """
+
+    name: str
+    title: str
+    label: str
+    paint: Callable[[Colours], Figure]
+
+    def svg(self) -> str:
+        """For a page that sets the colours."""
+        with _settings(self.name):
+            return inline(_svg(self.paint(STAND_INS)), name=self.name, label=self.label)
+
+    def png(self) -> bytes:
+        """For a file, on white."""
+        file = io.BytesIO()
+        with _settings(self.name):
+            figure = self.paint(ON_WHITE)
+            figure.suptitle(self.title, color=ON_WHITE["ink"], fontsize=13)
+            figure.savefig(file, format="png", dpi=160, metadata={"Software": None})
+        return file.getvalue()
 
 
 def number(value: Any) -> float | None:
@@ -106,34 +128,17 @@ def thin(points: Points, limit: int = MAX_POINTS) -> list[tuple[float, float]]:
     return [points[index] for index in sorted(kept)]
 
 
-def loss_chart(train: Points, held_out: Points, *, label: str) -> str:
-    """Training loss, raw and smoothed, and the held-out loss where it was measured."""
-    few = len(train) < 20
-    lines = [Line("each logging step", "smooth", train, marker="o")]
-    if not few:
-        lines = [Line("each logging step", "raw", train, width=1.0)]
-        lines.append(Line("smoothed", "smooth", smooth(train)))
-    if held_out:
-        lines.append(Line("held-out rows", "held", held_out, marker="o"))
-    return draw(lines, name="loss", label=label)
+def line_chart(lines: Sequence[Line], *, name: str, title: str, label: str) -> Chart:
+    """Curves over the steps."""
 
-
-def learning_rate_chart(points: Points, *, label: str) -> str:
-    """The learning rate over the steps."""
-    lines = [Line("learning rate", "smooth", points)]
-    return draw(lines, name="rate", label=label)
-
-
-def draw(lines: Sequence[Line], *, name: str, label: str) -> str:
-    """The curves as an `<svg>`; `name` keeps its ids apart from those of other charts."""
-    with _settings(name):
-        figure, axes = _empty_chart(xlabel="step")
+    def paint(colours: Colours) -> Figure:
+        figure, axes = _empty_chart(colours, xlabel="step")
         for line in lines:
             points = thin(line.points)
             axes.plot(
                 [step for step, _ in points],
                 [value for _, value in points],
-                color=STAND_INS[line.colour],
+                color=colours[line.colour],
                 linewidth=line.width,
                 marker=line.marker,
                 markersize=5,
@@ -142,8 +147,17 @@ def draw(lines: Sequence[Line], *, name: str, label: str) -> str:
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.6g}")
         if len(lines) > 1:
-            _legend(figure, num_columns=len(lines))
-        return inline(_svg(figure), name=name, label=label)
+            _legend(figure, colours, num_columns=len(lines))
+        return figure
+
+    return Chart(name, title, label, paint)
+
+
+def with_smoothed(points: Points, what: str) -> list[Line]:
+    """A noisy curve as it is and smoothed; few points as they are."""
+    if len(points) < 20:
+        return [Line(what, "smooth", points, marker="o")]
+    return [Line(what, "raw", points, width=1.0), Line("smoothed", "smooth", smooth(points))]
 
 
 @dataclass(frozen=True)
@@ -160,14 +174,16 @@ def histogram_chart(
     *,
     xlabel: str,
     name: str,
+    title: str,
     label: str,
     limit: Limit | None = None,
-) -> str:
+) -> Chart:
     """Rows by a whole number they have: `counts[i]` of them from `edges[i]` to below
     `edges[i + 1]`. A bin one wide is drawn around its number.
     """
-    with _settings(name):
-        figure, axes = _empty_chart(xlabel=xlabel)
+
+    def paint(colours: Colours) -> Figure:
+        figure, axes = _empty_chart(colours, xlabel=xlabel)
         widths = [high - low for low, high in itertools.pairwise(edges)]
         one_each = max(widths) == 1
         shift = 0.5 if one_each else 0.0
@@ -176,20 +192,22 @@ def histogram_chart(
             counts,
             width=[0.92 * width for width in widths],
             align="edge",
-            color=STAND_INS["smooth"],
+            color=colours["smooth"],
             linewidth=0,
         )
         if one_each and len(counts) <= 10 and not limit:
             axes.set_xticks(edges[:-1])
         if limit:
             axes.axvline(
-                limit.value, color=STAND_INS["held"], linewidth=2, linestyle="--", label=limit.name
+                limit.value, color=colours["held"], linewidth=2, linestyle="--", label=limit.name
             )
-            _legend(figure, num_columns=1)
-        axes.set_ylabel("rows", color=STAND_INS["ink"])
+            _legend(figure, colours, num_columns=1)
+        axes.set_ylabel("rows", color=colours["ink"])
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
-        return inline(_svg(figure), name=name, label=label)
+        return figure
+
+    return Chart(name, title, label, paint)
 
 
 @contextmanager
@@ -199,27 +217,27 @@ def _settings(name: str) -> Iterator[None]:
         yield
 
 
-def _empty_chart(*, xlabel: str) -> tuple[Figure, Axes]:
-    """Axes in the page's colours, with nothing drawn in them; the x axis holds whole numbers."""
+def _empty_chart(colours: Colours, *, xlabel: str) -> tuple[Figure, Axes]:
+    """Axes with nothing drawn in them; the x axis holds whole numbers."""
     figure = Figure(figsize=SIZE_INCHES, layout="constrained")
     axes = figure.add_subplot()
-    axes.set_xlabel(xlabel, color=STAND_INS["ink"])
+    axes.set_xlabel(xlabel, color=colours["ink"])
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 20k instead of 20000
-    axes.tick_params(colors=STAND_INS["ink"], length=0)
-    axes.grid(axis="y", color=STAND_INS["grid"], linewidth=0.8)
+    axes.tick_params(colors=colours["ink"], length=0)
+    axes.grid(axis="y", color=colours["grid"], linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "left", "right"]].set_visible(False)
-    axes.spines["bottom"].set_color(STAND_INS["grid"])
+    axes.spines["bottom"].set_color(colours["grid"])
     return figure, axes
 
 
-def _legend(figure: Figure, *, num_columns: int) -> None:
+def _legend(figure: Figure, colours: Colours, *, num_columns: int) -> None:
     figure.legend(
         loc="outside upper center",
         ncols=num_columns,
         frameon=False,
-        labelcolor=STAND_INS["ink"],
+        labelcolor=colours["ink"],
         fontsize=12,
         handlelength=1.2,
         columnspacing=1.2,

@@ -27,8 +27,8 @@ from finetune.checking import (
 )
 from finetune.data.examination import Finding
 from finetune.environment import environment
+from finetune.gallery import text_of
 from finetune.recipe import DataSection, Recipe
-from finetune.report import text_of
 from finetune.rundir import write_text
 
 FAULTS_SHOWN = 25
@@ -304,15 +304,16 @@ def _chart(
         words += f" `data.max_tokens`, {limit.value:,}, is far to the right."
         limit = None
     label = f"Histogram of {what}s a row, {total:,} rows in {part}. {words.replace('`', '')}"
-    svg = histogram_chart(
+    drawn = histogram_chart(
         edges,
         counts,
         xlabel=f"{what}s",
         name=f"{part}-{what}s",
+        title=title,
         label=label,
         limit=limit,
     )
-    return Chart(title, words, Markup(svg))
+    return Chart(title, words, Markup(drawn.svg()))
 
 
 def read_with(recipe: Recipe) -> list[tuple[str, str]]:

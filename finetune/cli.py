@@ -200,12 +200,30 @@ def convert(
 
 
 @app.command()
-def report(run: RunFolder) -> None:
-    """Write a run's report.html again."""
-    from finetune.report import write_report
+def report(
+    run: RunFolder,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Serve it on this machine, as the run goes on.")
+    ] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="For --watch; 0: a free one.")] = 0,
+) -> None:
+    """Write a run's report.html again, or show it as the run goes on."""
     from finetune.rundir import open_run_dir
 
-    print(write_report(open_run_dir(run)))
+    folder = open_run_dir(run_folder(run))
+    if not watch:
+        from finetune.report import write_report
+
+        print(write_report(folder))
+        return
+    from finetune.watching import watching
+
+    with watching(folder, port) as server:
+        print(f"http://127.0.0.1:{server.server_port}/  (Ctrl-C ends it)", flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            return
 
 
 @recipes_app.command("list")

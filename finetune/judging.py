@@ -107,6 +107,7 @@ def _write(
                 "references": references[i],
                 **{who: given[i].text for who, given in answers.items()},
                 "scores": {who: scores[who][i] for who in answers},
+                "views": [given[i].views for given in answers.values()][-1],
             }
             if i < MAX_THUMBNAILS:
                 line["images"] = _save_thumbnails(row, temporary, i)

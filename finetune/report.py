@@ -5,12 +5,11 @@ is still going, gets a report too. Answers and recipes are text from outside: th
 all of it, and words and numbers are shaped there too; this module only decides what is shown.
 """
 
-import base64
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -20,49 +19,51 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from finetune import __version__
-from finetune.charts import curve, draw_charts, number
+from finetune.charts import curve, number
 from finetune.errors import RunDirError
-from finetune.metrics import lower_is_better, title_of, with_interval
-from finetune.rundir import RunDir, read_json, write_text
-
-HEADLINE_METRIC = "exact_match"  # where it was measured; otherwise the first metric of the recipe
-CARDS_PER_STATUS = 48
-SKIPPED_SHOWN = 10
-CHARACTERS_SHOWN = 500
-MAX_IMAGE_BYTES = (
-    1_000_000  # thumbnails are far below; anything larger would make the page too heavy for a phone
+from finetune.gallery import (
+    CARDS_PER_STATUS,
+    HEADLINE_METRIC,
+    STATUSES,
+    Row,
+    first_of_each_status,
+    is_right,
+    listed,
+    make_card,
+    mapping,
+    text_of,
 )
-SIDES = ("base", "adapter")
-IMAGE_KINDS = {
-    b"\x89PNG": "image/png",
-    b"\xff\xd8\xff": "image/jpeg",
-    b"GIF8": "image/gif",
-    b"RIFF": "image/webp",
-}
-STATUSES = {
-    "broken": "Broken: right before, wrong now",
-    "wrong": "Still wrong",
-    "fixed": "Fixed: wrong before, right now",
-    "right": "Right both times",
-    "unscored": "Not scored",
-}
-STATUS_OF: dict[tuple[bool | None, bool | None], str] = {  # base right, adapter right
-    (False, True): "fixed",
-    (True, False): "broken",
-    (False, False): "wrong",
-    (True, True): "right",
-}
-Row = dict[str, Any]
+from finetune.metrics import lower_is_better, title_of, with_interval
+from finetune.run_charts import curves, histograms
+from finetune.rundir import RunDir, read_json, replacing, write_text
+
+SKIPPED_SHOWN = 10
+SIDES = ("base", "adapter", "merged")
 
 
 def write_report(run: RunDir) -> Path:
-    """Write `report.html` from what the run directory holds by now; returns its path."""
+    """Write `report.html` from what the run directory holds by now, and its charts as PNG files
+    into `charts/`; returns the report's path.
+    """
+    found = gather(run)
+    write_text(run.report, render(found))
+    drawn = [*found["curves"], *found["histograms"]]
+    if drawn:
+        with replacing(run.charts) as folder:
+            folder.mkdir()
+            for chart in drawn:
+                (folder / f"{chart.name}.png").write_bytes(chart.png())
+    return run.report
+
+
+def render(found: Mapping[str, Any], *, refresh_seconds: int | None = None) -> str:
+    """The page; one that loads itself again every `refresh_seconds`, if they are given."""
     page = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    page.filters["inline_svg"] = lambda chart: Markup(chart.svg())
     template = files("finetune").joinpath("report.html.j2").read_text(encoding="utf-8")
-    write_text(run.report, page.from_string(template).render(gather(run)))
-    return run.report
+    return page.from_string(template).render(found, refresh_seconds=refresh_seconds)
 
 
 def gather(run: RunDir) -> dict[str, Any]:
@@ -75,12 +76,14 @@ def gather(run: RunDir) -> dict[str, Any]:
     predictions = read_rows(run.predictions, notes)
     recipe = run.recipe.read_text("utf-8", errors="replace") if run.recipe.is_file() else ""
     environment = read_mapping(run.environment, notes) or {}
+    data = read_mapping(run.data, notes) or {}
     cards = [make_card(row) for row in predictions]
     counts = Counter(card.status for card in cards)
     if num_bad := sum(number(row["loss"]) is None for row in log if "loss" in row):
         notes.append(
             f"The loss was no number at {num_bad} logged steps; the curve leaves them out."
         )
+    sides = {side: found for side in SIDES if (found := numbers(figures.get(side)))}
     return {
         "name": run.path.resolve().name,
         "subtitle": describe_recipe(recipe),
@@ -89,12 +92,14 @@ def gather(run: RunDir) -> dict[str, Any]:
         "verdict": judge(figures, predictions),
         "figures": run_figures(figures, log),
         "device": text_of(figures.get("device")),
-        "charts": [(title, Markup(svg)) for title, svg in draw_charts(log)],
-        "base": numbers(figures.get("base")),
-        "adapter": numbers(figures.get("adapter")),
-        "gain_of": gain_of,
+        "curves": curves(log),
+        "histograms": histograms(data),
+        "data": {name: numbers(part) for name, part in data.items()},
+        "sides": sides,
+        "measured": list(dict.fromkeys(name for found in sides.values() for name in found)),
         "intervals": mapping(figures.get("intervals")),
         "differences": mapping(figures.get("differences")),
+        "evaluations": other_evaluations(run, notes),
         "lower_is_better": lower_is_better,
         "title_of": title_of,
         "with_interval": with_interval,
@@ -109,6 +114,40 @@ def gather(run: RunDir) -> dict[str, Any]:
         "environment": flatten(environment),
         "notes": notes,
     }
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """One figure on other rows than the run's own."""
+
+    name: str
+    metric: str
+    num_rows: int
+    base: str
+    adapter: str
+    verdict: str
+    paper: str
+
+
+def other_evaluations(run: RunDir, notes: list[str]) -> list[Elsewhere]:
+    """What `finetune eval` measured on other rows, or by other metrics."""
+    found = []
+    for path in sorted(run.evaluations.glob("*/summary.json")):
+        summary = read_mapping(path, notes) or {}
+        sides = [numbers(summary.get(side)) for side in ("base", "adapter")]
+        for metric in dict.fromkeys([*sides[0], *sides[1]]):
+            between = mapping(summary.get("intervals"))
+            base, adapter = (
+                with_interval(side.get(metric), interval_of(mapping(between.get(name)).get(metric)))
+                for name, side in zip(("base", "adapter"), sides, strict=True)
+            )
+            verdict = mapping(mapping(summary.get("differences")).get(metric)).get("verdict")
+            rows = int(number(summary.get("num_eval_rows")) or 0)
+            paper = text_of(summary.get("paper"))
+            found.append(
+                Elsewhere(path.parent.name, metric, rows, base, adapter, text_of(verdict), paper)
+            )
+    return found
 
 
 # Reading: a torn line or a missing file costs its own part of the page, and a note, never the page.
@@ -150,28 +189,10 @@ def read_rows(path: Path, notes: list[str]) -> list[Row]:
     return rows
 
 
-def mapping(value: Any) -> Row:
-    """The value where it is a JSON object, otherwise an empty one."""
-    return value if isinstance(value, dict) else {}
-
-
 def numbers(value: Any) -> dict[str, float]:
     """The numbers of a JSON object, by name."""
     figures = {name: number(figure) for name, figure in mapping(value).items()}
     return {name: figure for name, figure in figures.items() if figure is not None}
-
-
-def listed(value: Any) -> list[Any]:
-    """The value where it is a list, otherwise an empty one."""
-    return value if isinstance(value, list) else []
-
-
-def text_of(value: Any) -> str:
-    """The value as text, empty for None, cut at a length that nobody reads beyond."""
-    text = "" if value is None else str(value)
-    if len(text) <= CHARACTERS_SHOWN:
-        return text
-    return f"{text[:CHARACTERS_SHOWN]} … ({len(text):,} characters)"
 
 
 def flatten(values: Row, prefix: str = "") -> list[tuple[str, str]]:
@@ -268,16 +289,6 @@ def gain_of(metric: str, base: float, adapter: float) -> float:
     return base - adapter if lower_is_better(metric) else adapter - base
 
 
-def is_right(row: Row, side: str) -> bool | None:
-    """Whether an answer counts as right; None where not scored. An error rate is right at 0."""
-    scores = mapping(mapping(row.get("scores")).get(side))
-    metric = HEADLINE_METRIC if HEADLINE_METRIC in scores else next(iter(scores), "")
-    score = number(scores.get(metric))
-    if score is None:
-        return None
-    return score <= 0 if lower_is_better(metric) else score >= 1
-
-
 def count_right(predictions: Sequence[Row]) -> tuple[Share, Share] | None:
     """The shares of right answers, base and adapter, over the rows where both were scored."""
     pairs = [(is_right(row, "base"), is_right(row, "adapter")) for row in predictions]
@@ -293,7 +304,8 @@ def count_changes(metric: str, predictions: Sequence[Row]) -> tuple[int, int]:
     gains = []
     for row in predictions:
         scores = mapping(row.get("scores"))
-        base, adapter = (number(mapping(scores.get(side)).get(metric)) for side in SIDES)
+        before, after = (mapping(scores.get(side)) for side in ("base", "adapter"))
+        base, adapter = number(before.get(metric)), number(after.get(metric))
         if base is not None and adapter is not None:
             gains.append(gain_of(metric, base, adapter))
     return sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
@@ -320,60 +332,6 @@ def run_figures(summary: Row, log: Sequence[Row]) -> dict[str, float]:
     if speeds:
         figures["samples_per_second"] = speeds[-1][1]
     return figures | numbers(summary)
-
-
-@dataclass
-class Card:
-    """One held-out row in the gallery."""
-
-    where: str
-    question: str
-    references: list[str]
-    answers: list[tuple[str, str, bool | None]]  # side, text, right
-    status: str  # a key of STATUSES
-    image_paths: list[str]
-    images: list[str] = field(default_factory=list)  # data URIs
-
-
-def make_card(row: Row) -> Card:
-    """A row of predictions.jsonl, judged, its pictures not yet read."""
-    base, adapter = (is_right(row, side) for side in SIDES)
-    return Card(
-        where=text_of(row.get("where")),
-        question=text_of(row.get("question")),
-        references=[text_of(reference) for reference in listed(row.get("references"))],
-        answers=[
-            ("base", text_of(row.get("base")), base),
-            ("adapter", text_of(row.get("adapter")), adapter),
-        ],
-        status=STATUS_OF.get((base, adapter), "unscored"),
-        image_paths=[str(path) for path in listed(row.get("images"))],
-    )
-
-
-def first_of_each_status(cards: Sequence[Card], folder: Path) -> list[Card]:
-    """The cards to show, in file order, with their pictures; no status crowds out another."""
-    seen: Counter[str] = Counter()
-    shown = []
-    for card in cards:
-        seen[card.status] += 1
-        if seen[card.status] <= CARDS_PER_STATUS:
-            uris = (data_uri(folder, path) for path in card.image_paths)
-            card.images = [uri for uri in uris if uri]
-            shown.append(card)
-    return shown
-
-
-def data_uri(folder: Path, relative: str) -> str | None:
-    """A picture as a data URI; None if missing, no picture, too large, or outside `folder`."""
-    path = (folder / relative).resolve()
-    if not path.is_relative_to(folder.resolve()) or not path.is_file():
-        return None
-    content = path.read_bytes()
-    kind = next((kind for magic, kind in IMAGE_KINDS.items() if content.startswith(magic)), None)
-    if kind is None or len(content) > MAX_IMAGE_BYTES:
-        return None
-    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def describe_recipe(recipe: str) -> str:

@@ -25,6 +25,8 @@ class RunDir:
         self.metrics = self.path / "metrics.jsonl"
         self.skipped = self.path / "skipped.jsonl"
         self.changed = self.path / "changed.jsonl"
+        self.data = self.path / "data.json"
+        self.charts = self.path / "charts"
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
         self.evaluation = self.path / "evaluation"

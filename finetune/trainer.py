@@ -1,6 +1,7 @@
 """TRL's `SFTTrainer` on our batches: only what changes, each with its reason."""
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -73,6 +74,7 @@ class VisionSFTTrainer(SFTTrainer):
             numbers.select(range(num_train_rows, num_rows)) if num_rows > num_train_rows else None
         )
         self.num_samples_seen = 0
+        self.seconds_evaluated = 0.0
         self.batches = batches
         self.stream = stream
         self.on_findings = on_findings
@@ -279,6 +281,7 @@ class VisionSFTTrainer(SFTTrainer):
         length, its perplexity, and the metrics of answers.
         """
         self._held_out = torch.zeros(2)
+        started = time.perf_counter()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         summed: Any = self.accelerator.reduce(self._held_out.to(self.args.device))
         loss = float(summed[0] / summed[1].clamp(min=1))
@@ -287,6 +290,7 @@ class VisionSFTTrainer(SFTTrainer):
             with self.accelerator.autocast():  # as in training
                 found |= self.answer_figures()
         assert output.metrics is not None
+        self.seconds_evaluated += time.perf_counter() - started
         output.metrics.update({f"{metric_key_prefix}_{name}": each for name, each in found.items()})
         return output
 

@@ -33,8 +33,8 @@ from finetune.families.idefics2 import IDEFICS2
 from finetune.model.methods import load_trainable
 from finetune.recipe import ImagesSection, Recipe, load_recipe
 from finetune.rundir import RunDir
-from finetune.train import epoch_batches, prepare
 from finetune.trainer import VisionSFTTrainer, training_arguments
+from finetune.training import epoch_batches, prepare
 
 TOKENS_A_VIEW = 64
 PICTURES = {"photo": (640, 480), "chart": (850, 600), "receipt": (500, 1200), "page": (1700, 2200)}

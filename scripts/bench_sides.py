@@ -31,6 +31,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling, SFTTrainer
 
 import finetune.train
+import finetune.training
 from finetune.data.packed_views import PackedViews
 from finetune.families.idefics2 import PARTS
 from finetune.model.load import quiet_libraries
@@ -102,9 +103,9 @@ def run_ours(job: Job, folder: Path) -> Figures:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe_of(job, folder)))
     recipe, quiet = load_recipe(path), Console(quiet=True)
-    trainer = clocked(finetune.train.VisionSFTTrainer, figures, job)
+    trainer = clocked(finetune.training.VisionSFTTrainer, figures, job)
     with ExitStack() as stack:
-        stack.enter_context(patch("finetune.train.VisionSFTTrainer", trainer))
+        stack.enter_context(patch("finetune.training.VisionSFTTrainer", trainer))
         for name in job.without:
             for target, stand_in in TAKEN_OUT[name].items():
                 stack.enter_context(patch(target, stand_in))

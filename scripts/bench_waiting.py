@@ -27,8 +27,8 @@ from finetune.errors import FinetuneError
 from finetune.model.methods import load_trainable
 from finetune.recipe import Recipe, load_recipe
 from finetune.rundir import RunDir
-from finetune.train import epoch_batches, prepare
 from finetune.trainer import VisionSFTTrainer, training_arguments
+from finetune.training import epoch_batches, prepare
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from finetune.fitting import smaller_batches
 from finetune.planning import Planner
 from finetune.recipe import Recipe, TrainingSection, load_recipe, recipe_warnings
 from finetune.rundir import RunDir, read_jsonl, write_jsonl
-from finetune.train import epoch_batches, prepare, train
+from finetune.train import train
+from finetune.training import epoch_batches, prepare
 from tests.conftest import chat_row, noise, write_rows
 
 SETTINGS: dict[str, list[str]] = {

@@ -63,7 +63,7 @@ def judged(
 def answering(*given: list[str]) -> Any:
     """In the place of `ask_rows`: the answers of each side, in the order of asking."""
     sides = iter(given)
-    return lambda *_: [Answer(text, 2.0, 4) for text in next(sides)]
+    return lambda *_: [Answer(text, 2.0, 4, []) for text in next(sides)]
 
 
 def test_answers_of_a_batch_are_those_given_one_by_one(

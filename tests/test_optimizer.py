@@ -16,8 +16,9 @@ from finetune.model.methods import load_trainable
 from finetune.model.optimizer import package_of, parameter_groups, projected_modules
 from finetune.recipe import load_recipe
 from finetune.rundir import RunDir, read_jsonl
-from finetune.train import epoch_batches, prepare, train
+from finetune.train import train
 from finetune.trainer import VisionSFTTrainer, training_arguments
+from finetune.training import epoch_batches, prepare
 
 # One step of plain gradient descent at the full rate, so that the change of a weight is its
 # gradient times its rate.

@@ -1,17 +1,22 @@
 """The report, from run directories built by hand."""
 
+import http.client
 import json
 import re
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from finetune.charts import curve, smooth, thin
+from finetune.errors import RunDirError
+from finetune.gallery import differences
 from finetune.report import judge, wilson_interval, write_report
-from finetune.rundir import RunDir, write_json, write_jsonl
+from finetune.rundir import RunDir, read_jsonl, write_json, write_jsonl
+from finetune.watching import watching
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -71,6 +76,37 @@ def finished(stopped: RunDir) -> RunDir:
     return run
 
 
+@pytest.fixture
+def whole(finished: RunDir) -> RunDir:
+    """A run with a log of everything, its data counted, and an evaluation on other rows."""
+    run = finished
+    rows = [
+        {
+            "step": 10 * i,
+            "loss": 2.0 / i,
+            "learning_rate": 1e-3 / i,
+            "grad_norm": 1.0,
+            "seconds": 3.0 * i,
+            "peak_memory_gib": 0.9,
+        }
+        for i in (1, 2, 3)
+    ]
+    rows += [{"step": step, "eval_loss": 1.0, "eval_exact_match": 0.5} for step in (10, 20)]
+    write_jsonl(run.metrics, rows)
+    spread = {"edges": [100, 200, 300], "counts": [4, 8]}
+    counted = {"num_rows": 12, "num_images": 9, "num_views": 12, "num_tokens": 4800}
+    counted |= {"num_learnt_tokens": 96, "tokens": spread}
+    write_json(run.data, {"train": counted | {"views": {"edges": [1, 2], "counts": [12]}}})
+    predictions = read_jsonl(run.predictions)
+    predictions[0]["views"] = [[56, 42], [56, 42], [112, 84]]
+    write_jsonl(run.predictions, predictions)
+    other = {"adapter": {"anls": 0.5}, "base": {"anls": 0.25}, "num_eval_rows": 3}
+    other |= {"intervals": {"adapter": {"anls": [0.25, 0.75]}}, "paper": "0.740 of idefics2-8b"}
+    (run.evaluations / "docvqa").mkdir(parents=True)
+    write_json(run.evaluations / "docvqa" / "summary.json", other)
+    return run
+
+
 def page_of(run: RunDir) -> str:
     return write_report(run).read_text(encoding="utf-8")
 
@@ -96,7 +132,8 @@ def test_the_run_s_facts_and_every_metric_are_shown(finished: RunDir):
     words = words_of(page_of(finished))
     for fact in ("0.91 GiB", "2 min 11 s", "21.4", "0.125", "61,440", "nano · lora · rank 8"):
         assert fact in words
-    assert "ANLS 0.250 [0.200, 0.300]0.750 [0.700, 0.800] +0.500 [+0.400, +0.600] better" in words
+    shown = "ANLS 0.250 [0.200, 0.300] 0.750 [0.700, 0.800] +0.500 [+0.400, +0.600] better"
+    assert shown in words
     assert "versions.torch2.13.0" in words
 
 
@@ -114,9 +151,9 @@ def test_nothing_is_fetched_from_outside_the_page(finished: RunDir):
     assert "http://" not in page
     assert "https://" not in page
     assert "@import" not in page
-    assert "<link" not in page
+    assert page.count("<link") == page.count('<link rel="icon" href="data:,">') == 1
     assert all(source.startswith("data:") for source in re.findall(r'\bsrc="([^"]*)', page))
-    assert all(link.startswith("#") for link in re.findall(r'\bhref="([^"]*)', page))
+    assert all(link.startswith(("#", "data:")) for link in re.findall(r'\bhref="([^"]*)', page))
     assert "default-src 'none'" in page
 
 
@@ -217,33 +254,187 @@ def test_smoothing_keeps_a_straight_line_and_thinning_keeps_a_spike():
     assert (3210, 1e6) in thinned
 
 
+def test_a_run_with_everything_shows_everything(whole: RunDir):
+    page = page_of(whole)
+    words = words_of(page)
+    for shown in (
+        "Held-out exact match",
+        "Seconds a step",
+        "Peak memory so far, GiB",
+        "Norm of the gradient",
+        "Training rows: tokens",
+        "Shown in 3 views: 2 of 56 × 42, 1 of 112 × 84 px.",
+        "docvqa 3 rows; beside it: 0.740 of idefics2-8b",
+        "training 12 9 12 4,800 96",
+    ):
+        assert shown in words, shown
+    assert "<td>0.500 [0.250, 0.750]</td>" in page
+    files = {path.name for path in whole.charts.iterdir()}
+    assert {"loss.png", "learning_rate.png", "eval_exact_match.png", "train_tokens.png"} <= files
+    for path in whole.charts.iterdir():
+        with Image.open(path) as image:
+            assert min(image.size) > 300
+    assert page.count("<svg") == len(files)
+    assert 'http-equiv="refresh"' not in page
+
+
+def test_what_differs_is_marked():
+    pieces = differences("12.60 E", ["7.10", "12.50"])
+    assert [(each.kind, each.text) for each in pieces] == [
+        ("same", "12."),
+        ("cut", "6"),
+        ("missing", "5"),
+        ("same", "0"),
+        ("cut", " E"),
+    ]
+    kept = "".join(each.text for each in pieces if each.kind != "cut")
+    assert kept == "12.50"
+    assert differences("12.50", ["12.50"]) == []  # the same
+    assert differences("nothing like it", ["12.50"]) == []  # all of it is wrong
+    assert differences("", ["12.50"]) == differences("12.50", []) == []
+
+
+def test_a_run_that_goes_on_is_watched(whole: RunDir):
+    def asked(path: str = "/", host: str = "") -> tuple[int, str]:
+        address = f"127.0.0.1:{server.server_port}"
+        connection = http.client.HTTPConnection(address, timeout=20)
+        connection.request("GET", path, headers={"Host": host or address})
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+
+    before = whole.summary.read_bytes()
+    whole.summary.unlink()
+    with watching(whole, 0) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        status, page = asked()
+        assert (status, 'http-equiv="refresh"' in page) == (200, True)
+        assert "up to step 30" in words_of(page)
+        with whole.metrics.open("a") as log:
+            log.write('{"step": 40, "loss": 0.5}\n')
+        assert "up to step 40" in words_of(asked()[1])
+        whole.summary.write_bytes(before)
+        assert 'http-equiv="refresh"' not in asked()[1]
+        assert asked("/recipe.yaml")[0] == 404
+        assert asked(host="elsewhere.example:80")[0] == 403
+        with pytest.raises(RunDirError, match="cannot be listened at"):
+            watching(whole, server.server_port)
+        server.shutdown()
+
+
+def luminance(colour: str) -> float:
+    """Source: WCAG 2.2, relative luminance."""
+    parts = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    red, green, blue = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def test_every_text_stands_out_from_what_is_behind_it(finished: RunDir):
+    page = page_of(finished)
+    light, dark = re.findall(r":root \{(.*?)\}", page, re.DOTALL)
+    for theme in (light, dark):
+        colours = dict(re.findall(r"--([\w-]+): (#\w{6})", theme))
+        pairs = [(ink, back) for ink in ("ink", "soft", "accent") for back in ("page", "card")]
+        pairs += [(tone, "card") for tone in ("good", "bad", "unsure")]
+        pairs += [
+            (ink, f"{tone}-wash") for tone in ("good", "bad", "unsure") for ink in ("ink", tone)
+        ]
+        pairs += [("chart-ink", "page")]
+        for front, back in pairs:
+            low, high = sorted(luminance(colours[name]) for name in (front, back))
+            assert (high + 0.05) / (low + 0.05) >= 4.5, (front, back)
+
+
+def test_every_picture_has_a_text(whole: RunDir):
+    page = page_of(whole)
+    assert page.count("<img") > 0
+    assert all('alt="' in each for each in re.findall(r"<img[^>]*>", page))
+    drawn = re.findall(r"<svg[^>]*>", page)
+    assert all(re.search(r'role="img" aria-label="[^"]{10,}"', each) for each in drawn)
+    assert re.search(r'<html lang="en">', page)
+
+
+# Clicks every filter as a person would, and says what is to be seen then.
+LOOK = """
+<script>
+const seen = {errors: []};
+window.addEventListener("error", event => seen.errors.push(event.message));
+const visible = each => each.getClientRects().length > 0;
+const count = () => [...document.querySelectorAll(".card")].filter(visible).length;
+seen.all = count();
+for (const radio of document.querySelectorAll("input[name=show]")) {
+  radio.closest("label").click();
+  seen[radio.id] = count();
+}
+document.getElementById("show-all").focus();
+seen.focused = document.activeElement.id;
+seen.wide = document.documentElement.scrollWidth > window.innerWidth;
+const tall = each => each.getBoundingClientRect().height > 100;
+seen.drawn = [...document.querySelectorAll("svg")].filter(tall).length;
+seen.shown = [...document.images].filter(each => each.complete && each.naturalWidth > 0).length;
+const out = document.createElement("pre");
+out.id = "seen";
+out.textContent = JSON.stringify(seen);
+document.body.append(out);
+</script>
+"""
+
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (apt-get install chromium)")
-def test_a_browser_renders_the_figures_and_the_filter_needs_no_script(finished: RunDir):
-    report = write_report(finished)
-    html = report.read_text(encoding="utf-8")
-    # The dumped DOM does not carry styles, so visibility shows in the height of a printed page.
-    checked = html.replace(' id="show-all" checked', ' id="show-all"')
-    assert checked != html
-    filtered = report.with_name("filtered.html")
-    filtered.write_text(checked.replace(' id="show-wrong"', ' id="show-wrong" checked'))
-    dom = run_chromium("--dump-dom", report)
-    assert "9 of 10" in dom
-    assert dom.count("<svg") == 2
-    assert dom.count('class="card ') == 10
-    assert len(printed_pages(filtered)) < len(printed_pages(report))
+@needs_browser
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_browser_shows_the_figures_and_the_filter_works(whole: RunDir, width: int):
+    page = page_of(whole)
+    policy = re.search(r'<meta http-equiv="Content-Security-Policy"[^>]*>', page)
+    assert policy  # which would not let the test look
+    looked = whole.report.with_name("looked.html")
+    lazy = page.replace(policy[0], "").replace(' loading="lazy"', "")
+    looked.write_text(lazy.replace("</body>", f"{LOOK}</body>"))
+    dom = run_chromium("--dump-dom", looked, f"--window-size={width},2000")
+    found = re.search(r'<pre id="seen">(.*?)</pre>', dom)
+    assert found
+    seen = json.loads(found[1])
+    statuses = {"show-fixed": 8, "show-wrong": 1, "show-right": 1}
+    assert {name: seen[name] for name in statuses} == statuses
+    assert seen["all"] == seen["show-all"] == 10
+    assert seen["focused"] == "show-all"
+    assert seen["errors"] == []
+    assert seen["wide"] is False  # nothing is cut off on a phone
+    assert seen["drawn"] == page.count("<svg")
+    assert seen["shown"] == 1
 
 
-def printed_pages(page: Path) -> list[bytes]:
-    pdf = page.with_suffix(".pdf")
-    run_chromium(f"--print-to-pdf={pdf}", page)
-    return re.findall(rb"/Type\s*/Page\b", pdf.read_bytes())
+@pytest.mark.slow
+@needs_browser
+def test_a_browser_asks_nobody_and_complains_of_nothing(whole: RunDir):
+    page_of(whole)
+    log = whole.path / "network.json"
+    flags = (f"--log-net-log={log}", "--enable-logging=stderr", "--v=0", "--disable-sync")
+    flags += ("--disable-component-update", "--disable-background-networking", "--no-first-run")
+    done = opened_in_chromium("--dump-dom", whole.report, *flags)
+    assert "CONSOLE" not in done.stderr, done.stderr
+    asked = set(re.findall(r'"url":"(\w+://[^"]*)', log.read_text(errors="replace")))
+    assert {url for url in asked if str(whole.report) not in url} <= browsers_own(asked), asked
 
 
-def run_chromium(action: str, page: Path) -> str:
-    """What Chromium prints; a profile of its own, so that tests side by side do not meet."""
+def browsers_own(asked: set[str]) -> set[str]:
+    """What Chromium asks by itself, of its maker, whatever page it opens."""
+    return {
+        url for url in asked if re.match(r"https?://[\w.-]*(google|gvt1|gstatic)[\w-]*\.com", url)
+    }
+
+
+def run_chromium(action: str, page: Path, *flags: str) -> str:
+    """What Chromium prints."""
+    return opened_in_chromium(action, page, *flags).stdout
+
+
+def opened_in_chromium(action: str, page: Path, *flags: str) -> "subprocess.CompletedProcess[str]":
+    """A profile of its own, so that tests side by side do not meet."""
     assert CHROMIUM is not None
-    profile = page.parent / "profile"
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}"]
-    command = [CHROMIUM, *flags, action, page.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    profile = page.parent.parent / "profile"
+    own = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}"]
+    command = [CHROMIUM, *own, *flags, action, page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)

@@ -15,9 +15,10 @@ from finetune.data.examples import Encoder
 from finetune.data.sources import open_stream_source
 from finetune.data.streaming import ExampleStream, Position, StreamCollator, StreamedExample
 from finetune.errors import DataError, RecipeError, RunDirError
+from finetune.findings import FindingsLists
 from finetune.recipe import DataSection, DataSource, load_recipe
 from finetune.rundir import RunDir, read_json, read_jsonl
-from finetune.train import FindingsLists, train
+from finetune.train import train
 from tests.conftest import chat_row, noise, write_rows
 
 

@@ -56,6 +56,8 @@ def test_a_run_leaves_the_whole_run_directory(finished: tuple[RunDir, str]) -> N
         "environment.json",
         "metrics.jsonl",
         "skipped.jsonl",
+        "data.json",
+        "charts",
         "checkpoints",
         "adapter",
         "evaluation",

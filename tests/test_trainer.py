@@ -14,8 +14,8 @@ from finetune.model.adapters import add_adapter
 from finetune.model.load import load_model
 from finetune.recipe import load_recipe
 from finetune.rundir import RunDir
-from finetune.train import epoch_batches, prepare
 from finetune.trainer import VisionSFTTrainer, training_arguments
+from finetune.training import epoch_batches, prepare
 from tests.conftest import NANO, chat_row, write_rows
 
 

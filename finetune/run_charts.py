@@ -1,0 +1,120 @@
+"""The charts of a run: what its log and its rows show."""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from finetune.charts import (
+    Chart,
+    Line,
+    Log,
+    Points,
+    curve,
+    histogram_chart,
+    line_chart,
+    number,
+    with_smoothed,
+)
+from finetune.metrics import METRICS, title_of
+
+
+def curves(log: Log) -> list[Chart]:
+    """What `metrics.jsonl` holds, over the steps; a curve of fewer than two points is not drawn."""
+    return [*_training(log), *_held_out(log), *_cost(log)]
+
+
+def _training(log: Log) -> Iterator[Chart]:
+    losses, rates = curve(log, "loss"), curve(log, "learning_rate")
+    if len(losses) > 1:
+        (first, start), (last, end) = losses[0], losses[-1]
+        label = f"Loss {start:.3g} at step {first:.0f}, {end:.3g} at step {last:.0f}"
+        lines = with_smoothed(losses, "each logging step")
+        if held := curve(log, "eval_loss"):
+            lines.append(Line("held-out rows", "held", held, marker="o"))
+        yield line_chart(lines, name="loss", title="Loss", label=label)
+    if len(rates) > 1:
+        label = f"Learning rate, at most {max(rate for _, rate in rates):.3g}"
+        line = Line("learning rate", "smooth", rates)
+        yield line_chart([line], name="learning_rate", title="Learning rate", label=label)
+    norms = curve(log, "grad_norm")
+    if len(norms) > 1:
+        label = f"Norm of the gradient, at most {max(norm for _, norm in norms):.3g}"
+        lines = with_smoothed(norms, "each logging step")
+        yield line_chart(lines, name="grad_norm", title="Norm of the gradient", label=label)
+
+
+def _held_out(log: Log) -> Iterator[Chart]:
+    for metric in METRICS:
+        points = curve(log, f"eval_{metric}")
+        if len(points) < 2 or metric == "loss":
+            continue
+        title = f"Held-out {title_of(metric)}"
+        (_, start), (_, end) = points[0], points[-1]
+        label = f"{title}: {start:.3f} at first, {end:.3f} at last"
+        line = Line(title_of(metric), "held", points, marker="o")
+        yield line_chart([line], name=f"eval_{metric}", title=title, label=label)
+
+
+def _cost(log: Log) -> Iterator[Chart]:
+    seconds = seconds_a_step(log)
+    if len(seconds) > 1:
+        half = sorted(value for _, value in seconds)[len(seconds) // 2]
+        label = f"Seconds a step, half of them below {half:.3g}"
+        lines = with_smoothed(seconds, "mean since the last log")
+        yield line_chart(lines, name="seconds", title="Seconds a step", label=label)
+    memory = curve(log, "peak_memory_gib")
+    if len(memory) > 1:
+        label = f"Peak memory so far, {memory[-1][1]:.3g} GiB at last"
+        line = Line("peak so far", "smooth", memory)
+        yield line_chart([line], name="memory", title="Peak memory so far, GiB", label=label)
+
+
+def seconds_a_step(log: Log) -> list[tuple[float, float]]:
+    """The mean since the line before, by step."""
+    times: Points = [(0.0, 0.0), *curve(log, "seconds")]
+    return [
+        (step, (now - before) / (step - last))
+        for (last, before), (step, now) in itertools.pairwise(times)
+        if step > last and now >= before
+    ]
+
+
+def histograms(data: Mapping[str, Any]) -> list[Chart]:
+    """What `data.json` counts, a chart for tokens and one for views of each part; none where all
+    rows are alike.
+    """
+    charts = []
+    for part, counted in data.items():
+        for what in ("tokens", "views", "learnt_tokens"):
+            found = _bins(counted, what)
+            if not found:
+                continue
+            edges, counts = found
+            words = what.replace("_", " ")
+            name = {"train": "Training rows", "eval": "Held-out rows"}.get(part, part)
+            filled = [edge for edge, count in zip(edges, counts, strict=False) if count]
+            label = f"{name}: {words} a row, from {filled[0]:,} to about {filled[-1]:,}"
+            charts.append(
+                histogram_chart(
+                    edges,
+                    counts,
+                    xlabel=words,
+                    name=f"{part}_{what}",
+                    title=f"{name}: {words}",
+                    label=label,
+                )
+            )
+    return charts
+
+
+def _bins(counted: Any, what: str) -> tuple[Sequence[int], Sequence[int]] | None:
+    """Edges and counts, where they are such, and more than one bin is filled."""
+    found = counted.get(what) if isinstance(counted, dict) else None
+    if not isinstance(found, dict):
+        return None
+    edges, counts = found.get("edges"), found.get("counts")
+    if not isinstance(edges, list) or not isinstance(counts, list):
+        return None
+    if len(edges) != len(counts) + 1 or any(number(each) is None for each in [*edges, *counts]):
+        return None
+    return (edges, counts) if sum(map(bool, counts)) > 1 else None

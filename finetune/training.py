@@ -1,0 +1,193 @@
+"""The steps of a run: from a recipe to rows and batches, and through the trainer."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from finetune.asking import ask_rows
+from finetune.callbacks import (
+    MetricsFile,
+    Patience,
+    ProgressDisplay,
+    StopOnDivergence,
+    StopOnSignal,
+)
+from finetune.data.augment import Augmentation
+from finetune.data.collate import Collator
+from finetune.data.examination import BAD, OVERLONG, Examination
+from finetune.data.examples import Encoder
+from finetune.data.sampling import Batching, EpochBatches, EpochSampler
+from finetune.data.sources import Rows, StreamSource
+from finetune.data.streaming import ExampleStream
+from finetune.errors import ModelError
+from finetune.findings import FindingsLists
+from finetune.metrics import measure
+from finetune.preparation import (
+    PreparedRows,
+    cache_of,
+    load_encoder,
+    open_streams,
+    prepare_held_out,
+    prepare_rows,
+    row_sizes,
+)
+from finetune.recipe import Recipe
+from finetune.rundir import RunDir
+from finetune.sides import Side
+from finetune.trainer import VisionSFTTrainer, training_arguments
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that is known before the weights are loaded.
+
+    `train` is None where the rows are streamed, and `streams` are empty where they are not.
+    `worst_first` puts the heaviest rows in front.
+    """
+
+    recipe: Recipe
+    encoder: Encoder
+    train: PreparedRows | None
+    streams: list[StreamSource]
+    held_out: PreparedRows | None
+    worst_first: bool = False
+
+    def examinations(self) -> list[Examination]:
+        """Of train and eval entries; one, where the held-out rows were carved out of the first."""
+        both = [rows for rows in (self.train, self.held_out) if rows]
+        return list({id(rows.examination): rows.examination for rows in both}.values())
+
+    @property
+    def num_held_out(self) -> int:
+        """Rows to judge on."""
+        return len(self.held_out.rows) if self.held_out else 0
+
+    def num_left_out(self) -> int:
+        """Rows that were found to be bad or too long before training."""
+        return sum(e.num_of(BAD) + e.num_of(OVERLONG) for e in self.examinations())
+
+    def digest(self) -> str:
+        """What the model will see of all rows, pictures included, as a digest."""
+        digests = [examination.digest() for examination in self.examinations()]
+        # of a stream nothing is read beforehand; its files' names and sizes stand for it
+        digests += [sha256(repr(each.summary()).encode()).hexdigest() for each in self.streams]
+        return "-".join(digests)
+
+
+def prepare(recipe: Recipe, console: Console) -> Prepared:
+    """Read and examine all rows with the model's own processor."""
+    encoder = load_encoder(recipe, console)
+    recipe = recipe.model_copy(update={"images": encoder.images})
+    cache = cache_of(recipe.output.dir)
+    if any(source.streaming for source in recipe.data.train):
+        streams = open_streams(recipe, cache, console)
+        held_out = prepare_held_out(recipe, encoder, cache, console)
+        return Prepared(recipe, encoder, None, streams, held_out)
+    train_rows, held_out = prepare_rows(recipe, encoder, cache, console)
+    return Prepared(recipe, encoder, train_rows, [], held_out)
+
+
+def run_trainer(
+    prepared: Prepared,
+    model: Any,
+    run: RunDir,
+    checkpoint: Path | None,
+    stop: StopOnSignal,
+    console: Console,
+    figures: Callable[[], dict[str, float]] | None,
+) -> VisionSFTTrainer:
+    """Train; the trainer, whose step falls short of its last one where a signal stopped it."""
+    metrics, display = MetricsFile(run), ProgressDisplay(console)
+    rows = prepared.train.rows if prepared.train else Rows((), np.zeros(0, np.int64))
+    both = rows
+    if prepared.held_out:
+        # those that are judged: the loss of all of a large set would be computed again and again
+        both = rows + prepared.held_out.rows[: prepared.recipe.evaluation.max_rows]
+    batches = epoch_batches(prepared)
+    trainer = VisionSFTTrainer(
+        model,
+        training_arguments(prepared.recipe, run, num_eval_rows=prepared.num_held_out),
+        Collator(
+            prepared.encoder,
+            both,
+            augmentation=Augmentation.of_recipe(prepared.recipe),
+            sampler=batches.sampler,
+            num_train_rows=len(rows),
+        ),
+        batches,
+        num_train_rows=len(rows),
+        stream=_stream(prepared) if prepared.streams else None,
+        on_findings=FindingsLists(run).add,
+        recipe=prepared.recipe,
+        answer_figures=figures,
+        callbacks=[
+            metrics,
+            StopOnDivergence(),
+            display,
+            Patience(prepared.recipe.evaluation, console),
+            stop,
+        ],
+    )
+    if checkpoint:
+        trainer.go_on_with_stream(checkpoint)
+    metrics.trainer = trainer
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except torch.cuda.OutOfMemoryError as error:
+        raise ModelError(
+            f"out of GPU memory at step {trainer.state.global_step + 1}; lower training.batch_size "
+            "or its budgets (and raise gradient_accumulation as much), set gradient_checkpointing: "
+            "true, or make images smaller"
+        ) from error
+    finally:
+        trainer.settle()
+        display.close()  # or the terminal is left without a cursor
+        stop.release()
+    return trainer
+
+
+def answer_figures(prepared: Prepared, model: Any) -> Callable[[], dict[str, float]] | None:
+    """What gives the metrics of the model's answers to some held-out rows, as it is by then."""
+    settings = prepared.recipe.evaluation
+    if not prepared.held_out or not settings.rows_in_training:
+        return None
+    asked = prepared.held_out.to_ask().first(settings.max_rows).first(settings.rows_in_training)
+    side = Side(lambda: nullcontext(model), prepared.encoder, key="")
+
+    def figures() -> dict[str, float]:
+        # compiled layers would be compiled again for every length of an answer
+        with torch.compiler.set_stance("force_eager"):
+            answers = ask_rows(side, asked, settings, Console(quiet=True), "adapter")
+        references = [list(row.conversation.references()) for row in asked.rows]
+        texts = [answer.text for answer in answers]
+        return measure(texts, references, settings.metrics).figures()
+
+    return figures
+
+
+def epoch_batches(prepared: Prepared) -> EpochBatches:
+    """The batches to train; none where rows are streamed."""
+    recipe, train = prepared.recipe, prepared.train
+    batching = Batching.of_recipe(recipe.training, worst_first=prepared.worst_first)
+    sampler = EpochSampler(train.spans() if train else [], recipe.training.seed)
+    sizes = row_sizes(recipe, prepared.encoder, train) if train else None
+    return EpochBatches(sampler, batching, sizes)
+
+
+def _stream(prepared: Prepared) -> ExampleStream:
+    data = prepared.recipe.data
+    return ExampleStream(
+        prepared.streams,
+        prepared.encoder,
+        seed=prepared.recipe.training.seed,
+        skip_bad=data.bad_rows == "skip",
+        skip_overlong=data.overlong == "skip",
+        augmentation=Augmentation.of_recipe(prepared.recipe),
+    )
