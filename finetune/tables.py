@@ -39,7 +39,7 @@ def figures_table(title: str, summary: Mapping[str, Any]) -> Table:
     """What each side reached, with 95% intervals, and whether the adapter is better; a row a
     metric.
     """
-    table = Table(title=Text(title), title_justify="left", show_lines=True)
+    table = Table(title=Text(title), title_justify="left", show_lines=True, pad_edge=False)
     sides = [who for who in SIDES if summary.get(who)] or ["base", "adapter"]
     differ = "base" in sides and "adapter" in sides
     table.add_column("")

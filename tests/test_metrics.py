@@ -407,7 +407,8 @@ def test_a_difference_is_of_what_both_were_measured_by() -> None:
 def test_figures_are_written_with_their_interval() -> None:
     assert with_interval(0.5, (0.25, 0.75)) == "0.500 [0.250, 0.750]"
     assert with_interval(0.5, None, "+") == "+0.500"
-    assert with_interval(222190.55, (1e5, 3e5)) == "222,191 [100,000, 300,000]"
+    assert with_interval(222190.55, (1e5, 3e5)) == "222k [100k, 300k]"
+    assert with_interval(123.456, None, "+") == "+123.5"
     assert with_interval(None, None) == ""
     assert title_of("vqa_accuracy") == "VQA accuracy"
     assert title_of("of_another_version") == "of another version"

@@ -168,5 +168,7 @@ def with_interval(figure: float | None, between: Sequence[float] | None, sign: s
 
 
 def _written(figure: float, sign: str) -> str:
-    """Three decimals, or none for the perplexity of what a model never saw."""
-    return f"{figure:{sign},.0f}" if abs(figure) >= 100 else f"{figure:{sign}.3f}"
+    """Three decimals, or thousands for the perplexity of what a model never saw."""
+    if abs(figure) >= 10_000:
+        return f"{figure / 1000:{sign},.0f}k"
+    return f"{figure:{sign}.1f}" if abs(figure) >= 100 else f"{figure:{sign}.3f}"
