@@ -35,8 +35,10 @@ class Answer:
     text: str
     loss: float
     num_tokens: int
-    views: list[list[int]]
-    """Width and height of each view that it was shown, in pixels."""
+    views: list[list[list[int]]]
+    """Of each picture its views: left, upper, right and lower edge in the picture, and width and
+    height as they were shown, in pixels.
+    """
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,7 @@ def _ask(
     )
     losses = sum_losses(model, batch).tolist()
     views = [
-        [[view.width_px, view.height_px] for plan in prompt.plans for view in plan.views]
+        [[[*v.box, v.width_px, v.height_px] for v in plan.views] for plan in prompt.plans]
         for prompt in prompts
     ]
     return [

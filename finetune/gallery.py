@@ -4,6 +4,7 @@ import base64
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,16 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """A part of a picture, in percent of its width and height."""
+
+    left: float
+    upper: float
+    width: float
+    height: float
+
+
+@dataclass(frozen=True)
 class Said:
     """One side's answer."""
 
@@ -72,12 +83,14 @@ class Card:
     answers: list[Said]
     status: str  # a key of STATUSES
     views: str
+    cuts: list[list[Cut]]  # of each picture, the parts that were shown beside the whole
     image_paths: list[str]
-    images: list[str] = field(default_factory=list)  # data URIs
+    images: list[tuple[str, list[Cut]]] = field(default_factory=list)  # data URI, where it was cut
 
 
 def make_card(row: Row) -> Card:
     """A row of predictions.jsonl, judged, its pictures not yet read."""
+    views = [views_of(each) for each in listed(row.get("views"))]
     references = [text_of(reference) for reference in listed(row.get("references"))]
     sides = [side for side in ("base", "adapter", "merged") if side in row]
     answers = [
@@ -90,7 +103,8 @@ def make_card(row: Row) -> Card:
         references=references,
         answers=answers,
         status=STATUS_OF.get((is_right(row, "base"), is_right(row, "adapter")), "unscored"),
-        views=views_in_words(listed(row.get("views"))),
+        views=views_in_words(views),
+        cuts=[cuts_of(each) for each in views],
         image_paths=[str(path) for path in listed(row.get("images"))],
     )
 
@@ -112,18 +126,37 @@ def differences(answer: str, references: Sequence[str]) -> list[Piece]:
     return pieces
 
 
-def views_in_words(sizes: Sequence[Any]) -> str:
+View = tuple[float, float, float, float, float, float]
+
+
+def views_of(value: Any) -> list[View]:
+    """A picture's views, left, upper, right, lower, width and height each; without what is none."""
+    found = (tuple(map(number, listed(view))) for view in listed(value))
+    return [view for view in found if len(view) == 6 and None not in view]  # type: ignore[misc]
+
+
+def views_in_words(pictures: Sequence[Sequence[View]]) -> str:
     """`5 views: 4 of 490 × 378, 1 of 980 × 756`, in pixels; empty where none is known."""
-    pairs = [tuple(map(number, listed(size))) for size in sizes]
-    known = Counter(f"{w:.0f} × {h:.0f}" for w, h in (p for p in pairs if len(p) == 2 and all(p)))
-    if not known:
-        return ""
+    known = Counter(f"{view[4]:.0f} × {view[5]:.0f}" for views in pictures for view in views)
     total = known.total()
-    if total == 1:
-        return f"1 view of {next(iter(known))} px"
+    if total == 0:
+        return ""
     if len(known) == 1:
-        return f"{total} views of {next(iter(known))} px"
+        return f"{total} view{'' if total == 1 else 's'} of {next(iter(known))} px"
     return f"{total} views: " + ", ".join(f"{n} of {size}" for size, n in known.items()) + " px"
+
+
+def cuts_of(views: Sequence[View]) -> list[Cut]:
+    """Where a picture was cut; nothing where it was shown whole alone."""
+    width, height = (max((view[edge] for view in views), default=0) for edge in (2, 3))
+    if len(views) < 2 or not width or not height:
+        return []
+    across, down = 100 / width, 100 / height
+    return [
+        Cut(left * across, upper * down, (right - left) * across, (lower - upper) * down)
+        for left, upper, right, lower, *_ in views
+        if (right - left, lower - upper) != (width, height)
+    ]
 
 
 def is_right(row: Row, side: str) -> bool | None:
@@ -143,8 +176,9 @@ def first_of_each_status(cards: Sequence[Card], folder: Path) -> list[Card]:
     for card in cards:
         seen[card.status] += 1
         if seen[card.status] <= CARDS_PER_STATUS:
-            uris = (data_uri(folder, path) for path in card.image_paths)
-            card.images = [uri for uri in uris if uri]
+            pairs = zip_longest(card.image_paths, card.cuts)
+            found = ((data_uri(folder, path), cuts or []) for path, cuts in pairs if path)
+            card.images = [(uri, cuts) for uri, cuts in found if uri]
             shown.append(card)
     return shown
 

@@ -105,6 +105,8 @@ def test_the_base_answers_without_the_adapter_and_the_adapter_with_it(
     assert [line["adapter"] for line in lines] == changed
     assert [line["question"] for line in lines] == QUESTIONS
     assert [len(line["images"]) for line in lines] == [0, 1, 2, 0]
+    assert [[len(views) for views in line["views"]] for line in lines] == [[], [1], [1, 1], []]
+    assert lines[1]["views"] == [[[0, 0, 56, 56, 56, 56]]]
     assert judgement.num_rows == 4
 
 

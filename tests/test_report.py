@@ -98,7 +98,9 @@ def whole(finished: RunDir) -> RunDir:
     counted |= {"num_learnt_tokens": 96, "tokens": spread}
     write_json(run.data, {"train": counted | {"views": {"edges": [1, 2], "counts": [12]}}})
     predictions = read_jsonl(run.predictions)
-    predictions[0]["views"] = [[56, 42], [56, 42], [112, 84]]
+    halves = [[0, 0, 20, 20, 56, 42], [20, 0, 40, 20, 56, 42]]
+    predictions[0]["views"] = [[*halves, [0, 0, 40, 20, 112, 84]]]
+    predictions[1]["views"] = [["no", "view"], 3]
     write_jsonl(run.predictions, predictions)
     other = {"adapter": {"anls": 0.5}, "base": {"anls": 0.25}, "num_eval_rows": 3}
     other |= {"intervals": {"adapter": {"anls": [0.25, 0.75]}}, "paper": "0.740 of idefics2-8b"}
@@ -275,6 +277,8 @@ def test_a_run_with_everything_shows_everything(whole: RunDir):
         with Image.open(path) as image:
             assert min(image.size) > 300
     assert page.count("<svg") == len(files)
+    cut = 'style="left: 50.00%; top: 0.00%; width: 50.00%; height: 100.00%"'
+    assert (page.count("<i "), page.count(cut)) == (2, 1)
     assert 'http-equiv="refresh"' not in page
 
 
