@@ -82,8 +82,9 @@ def score(
     if as_json:
         print(json.dumps(found))
     else:
-        title = f"{file}: {scored.num_rows:,} rows"
-        results_console().print(scores_table(title, found["figures"], found["intervals"]))
+        console = results_console()
+        console.print(f"{file}: {scored.num_rows:,} rows", soft_wrap=True)
+        console.print(scores_table(found["figures"], found["intervals"]))
 
 
 @judge_app.command()
@@ -94,15 +95,19 @@ def compare(
 ) -> None:
     """Several runs in one table, over the rows that all were judged on."""
     from finetune.compare import compare as run_compare
-    from finetune.compare import compared_table
-    from finetune.tables import results_console
+    from finetune.tables import compared_table, results_console
 
     compared = run_compare([run_folder(run) for run in runs], _named(metrics))
+    found = compared.to_json()
     if as_json:
-        print(json.dumps(compared.to_json()))
+        print(json.dumps(found))
         return
     console = results_console()
-    console.print(compared_table(compared))
+    console.print(
+        f"{compared.num_rows:,} held-out rows; better or worse than {found['first']}",
+        soft_wrap=True,
+    )
+    console.print(compared_table(found))
     for name, count in compared.left_out.items():
         if count:
             console.print(f"{name}: {count:,} rows left out, which not all runs have")

@@ -5,11 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-from rich.text import Text
-
 from finetune.errors import DataError, RunDirError
-from finetune.metrics import Measured, differences, measure, with_interval
+from finetune.metrics import Measured, differences, measure
 from finetune.recipe import load_recipe
 from finetune.rundir import RunDir, open_run_dir, read_jsonl
 from finetune.score import metrics_named
@@ -68,31 +65,6 @@ def compare(paths: Sequence[str | Path], metrics: Sequence[str] = ()) -> Compare
         len(shared),
         {name: len(each) - len(shared) for name, each in answers.items()},
     )
-
-
-def compared_table(compared: Compared) -> Table:
-    """A row a run, a column a metric; in brackets 95% intervals, beside them how it stands to the
-    first run.
-    """
-    found = compared.to_json()
-    first = found["first"]
-    table = Table(
-        title=Text(f"{compared.num_rows:,} held-out rows, each against {first}"),
-        title_justify="left",
-    )
-    table.add_column("")
-    metrics = list(found["figures"][first])
-    for metric in metrics:
-        table.add_column(metric, justify="right")
-        table.add_column("")
-    for name, figures in found["figures"].items():
-        cells = []
-        for metric in metrics:
-            cells.append(with_interval(figures[metric], found["intervals"][name][metric]))
-            verdict = found["differences"].get(name, {}).get(metric, {}).get("verdict", "")
-            cells.append(verdict)
-        table.add_row(f"base of {first}" if name == "base" else name, *cells)
-    return table
 
 
 def _names(runs: Sequence[RunDir]) -> list[str]:

@@ -58,6 +58,25 @@ def figures_table(title: str, summary: Mapping[str, Any]) -> Table:
     return table
 
 
+def compared_table(found: Mapping[str, Any]) -> Table:
+    """A row a run, a column a metric; in brackets 95% intervals, below them how it stands to the
+    first run.
+    """
+    first, metrics = found["first"], list(found["figures"][found["first"]])
+    table = Table(show_lines=True, pad_edge=False)
+    table.add_column("")
+    for metric in metrics:
+        table.add_column(metric, justify="right")
+    for name, figures in found["figures"].items():
+        cells = [f"base of {first}" if name == "base" else name]
+        for metric in metrics:
+            cell = _on_two_lines(figures[metric], found["intervals"][name][metric])
+            against = found["differences"].get(name, {}).get(metric)
+            cells.append(f"{cell}\n{against['verdict']}" if against else cell)
+        table.add_row(*cells)
+    return table
+
+
 def _on_two_lines(figure: float | None, between: Sequence[float] | None, sign: str = "") -> str:
     return with_interval(figure, between, sign).replace(" ", "\n", 1)
 
@@ -68,9 +87,9 @@ def verdict_of(found: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     return f"{word}\nat n = {summary['num_eval_rows']:,}" if word == "cannot tell" else word
 
 
-def scores_table(title: str, figures: Mapping[str, float], intervals: Mapping[str, Any]) -> Table:
+def scores_table(figures: Mapping[str, float], intervals: Mapping[str, Any]) -> Table:
     """Figures of one model's answers with their 95% intervals."""
-    table = Table(title=Text(title), title_justify="left", show_header=False)
+    table = Table(show_header=False)
     for metric, figure in figures.items():
         table.add_row(metric, with_interval(figure, intervals[metric]))
     return table
