@@ -23,6 +23,7 @@ from finetune.model.vision import MAX_PATCHES, encode_views, views_of_calls
 from finetune.recipe import AdapterSection, ImagesSection, ModelSection
 from tests.conftest import NANO, NANO_IMAGES, noise
 from tests.families import CHECKPOINTS
+from tests.models import idefics
 from tests.test_collate import row_losses
 
 MERGED = [name for name, each in CHECKPOINTS.items() if each.family.view_encoder]
@@ -107,6 +108,22 @@ def test_losses_are_those_of_the_stock_path(
             for model, packed in ((ours, True), (stock, False))
         ]
         torch.testing.assert_close(*losses, atol=2e-5, rtol=1e-5)
+
+
+def test_an_idefics_without_a_perceiver_has_the_losses_of_the_stock_path(tmp_path: Path) -> None:
+    name = "idefics-9b-instruct"
+    folder = tmp_path / name
+    idefics.save_tiny(folder, perceiver=False)
+    encoder, ours = opened(folder, name, packed=True)
+    _, stock = opened(folder, name, packed=False)
+    examples = [encoder.encode(row) for row in random_rows(tmp_path, 0)]
+    losses = [
+        row_losses(
+            model, collate(examples, encoder.processor, encoder.family, packed_vision=packed)
+        )
+        for model, packed in ((ours, True), (stock, False))
+    ]
+    torch.testing.assert_close(*losses, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

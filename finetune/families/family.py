@@ -71,9 +71,9 @@ class CrossEncoder(ViewEncoder):
     any.
     """
 
-    inputs: Callable[[Mapping[str, Any], torch.Tensor], dict[str, Any]] = field(kw_only=True)
-    """What else the model's forward is given, by name, and the states of all views [N, L, E] -> in
-    what it takes them.
+    inputs: Callable[[Any, Mapping[str, Any], torch.Tensor], dict[str, Any]] = field(kw_only=True)
+    """The model without its head, what else its forward is given, by name, and the states of all
+    views [N, L, E] -> in what it takes them.
     """
 
 

@@ -146,14 +146,16 @@ def tower(inner: Any, pixels_nCHW: torch.Tensor) -> torch.Tensor:
 
 
 def connect(inner: Any, hidden_nPD: torch.Tensor) -> torch.Tensor:
-    """Their latents [n, L, D]."""
-    return inner.perceiver_resampler(hidden_nPD)
+    """Their latents [n, L, D], or themselves where the model has no perceiver."""
+    return inner.perceiver_resampler(hidden_nPD) if inner.config.use_resampler else hidden_nPD
 
 
-def latents_of_rows(given: Mapping[str, Any], latents_NLD: torch.Tensor) -> dict[str, Any]:
-    """As the model takes what its perceiver computed [B, I, L, D]."""
-    num_rows = len(given["image_attention_mask"])
-    return {"perceiver_embeddings": latents_NLD.unflatten(0, (num_rows, -1))}
+def states_of_rows(
+    inner: Any, given: Mapping[str, Any], states_NLD: torch.Tensor
+) -> dict[str, Any]:
+    """As the model takes what `connect` gave [B, I, L, D]."""
+    name = "perceiver_embeddings" if inner.config.use_resampler else "image_encoder_embeddings"
+    return {name: states_NLD.unflatten(0, (len(given["image_attention_mask"]), -1))}
 
 
 def image_seen(input_ids_BT: torch.Tensor, image_token_id: int) -> torch.Tensor:
@@ -226,7 +228,7 @@ IDEFICS = Family(
     num_image_tokens=lambda processor, plan: 1,
     stack=stack,
     pack=pack,
-    cross_encoder=CrossEncoder(tower, connect, inputs=latents_of_rows),
+    cross_encoder=CrossEncoder(tower, connect, inputs=states_of_rows),
     set_images=lambda processor, images: None,
     own_images=lambda processor: {},
     lent_template=INSTRUCT_TEMPLATE,

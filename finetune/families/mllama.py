@@ -325,7 +325,7 @@ MLLAMA = Family(
     stack=stack,
     pack=pack,
     cross_encoder=CrossEncoder(
-        tower, connect, inputs=lambda given, states: {"cross_attention_states": states}
+        tower, connect, inputs=lambda inner, given, states: {"cross_attention_states": states}
     ),
     set_images=lambda processor, images: None,
     own_images=lambda processor: {},

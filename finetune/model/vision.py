@@ -102,7 +102,7 @@ class _CrossesPackedViews(_TakesPackedViews):
         views = kwargs.get("pixel_values")
         if isinstance(views, PackedViews):
             encoder = cast(CrossEncoder, self.view_encoder)
-            states = encoder.inputs(kwargs, encode_views(self, views))
+            states = encoder.inputs(self, kwargs, encode_views(self, views))
             kwargs = kwargs | {"pixel_values": None} | states
         stock = cast(Any, super())
         return stock.forward(*args, **kwargs)

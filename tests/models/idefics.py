@@ -56,8 +56,9 @@ def build_tokenizer(num_added: int = 3) -> LlamaTokenizer:
     return tokenizer
 
 
-def save_tiny(folder: Path, *, num_added: int = 3) -> None:
-    """A tiny random idefics-9b-instruct, laid out as on the Hub; the base has two added tokens.
+def save_tiny(folder: Path, *, num_added: int = 3, perceiver: bool = True) -> None:
+    """A tiny random idefics-9b-instruct, laid out as on the Hub; the base has two added tokens, and
+    without `perceiver` the cross-attention reads the patches.
 
     Its gates are open: as the library initialises them, no image would be seen.
     """
@@ -103,7 +104,7 @@ def save_tiny(folder: Path, *, num_added: int = 3) -> None:
             "torch_dtype": "float32",
             "transformers_version": "4.33.0.dev0",
             "use_cache": True,
-            "use_resampler": True,
+            "use_resampler": perceiver,
             "vision_config": {
                 "attention_dropout": 0.0,
                 "embed_dim": 16,
