@@ -106,6 +106,7 @@ def train(
             f"stopped at step {done.stopped_at}; go on with: finetune train {source} --resume",
             soft_wrap=True,
         )
+        write_report(done.run)
         return INTERRUPTED
     _judge_and_report(prepared, done, console, results)
     return 0

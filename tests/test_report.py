@@ -372,15 +372,23 @@ for (const radio of document.querySelectorAll("input[name=show]")) {
 }
 document.getElementById("show-all").focus();
 seen.focused = document.activeElement.id;
+seen.width = window.innerWidth;
 seen.wide = document.documentElement.scrollWidth > window.innerWidth;
+const size = each => [each.getBoundingClientRect().height, getComputedStyle(each).lineHeight];
+const lines = each => size(each).reduce((height, line) => height / parseFloat(line));
+seen.lines = Math.max(...[...document.querySelectorAll(".figures th:first-child")].map(lines));
 const tall = each => each.getBoundingClientRect().height > 100;
 seen.drawn = [...document.querySelectorAll("svg")].filter(tall).length;
 seen.shown = [...document.images].filter(each => each.complete && each.naturalWidth > 0).length;
-const out = document.createElement("pre");
-out.id = "seen";
-out.textContent = JSON.stringify(seen);
-document.body.append(out);
+parent.postMessage(JSON.stringify(seen), "*");
 </script>
+"""
+# Chromium makes no window narrower than 500 px, but a frame.
+FRAME = """
+<!doctype html>
+<pre id="seen"></pre>
+<script>addEventListener("message", event => seen.textContent = event.data)</script>
+<iframe src="{page}" style="width: {width}px; height: 2000px; border: 0"></iframe>
 """
 
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
@@ -396,7 +404,9 @@ def test_a_browser_shows_the_figures_and_the_filter_works(whole: RunDir, width: 
     looked = whole.report.with_name("looked.html")
     lazy = page.replace(policy[0], "").replace(' loading="lazy"', "")
     looked.write_text(lazy.replace("</body>", f"{LOOK}</body>"))
-    dom = run_chromium("--dump-dom", looked, f"--window-size={width},2000")
+    framed = looked.with_name("framed.html")
+    framed.write_text(FRAME.format(page=looked.name, width=width))
+    dom = run_chromium("--dump-dom", framed, "--virtual-time-budget=5000")
     found = re.search(r'<pre id="seen">(.*?)</pre>', dom)
     assert found
     seen = json.loads(found[1])
@@ -405,7 +415,9 @@ def test_a_browser_shows_the_figures_and_the_filter_works(whole: RunDir, width: 
     assert seen["all"] == seen["show-all"] == 10
     assert seen["focused"] == "show-all"
     assert seen["errors"] == []
+    assert seen["width"] == width
     assert seen["wide"] is False  # nothing is cut off on a phone
+    assert seen["lines"] < 4  # and names stand there in words, not in letters
     assert seen["drawn"] == page.count("<svg")
     assert seen["shown"] == 1
 

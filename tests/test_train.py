@@ -296,6 +296,9 @@ def test_an_interrupt_saves_a_checkpoint_and_says_how_to_go_on(
     checkpoint = RunDir(tmp_path / "run").last_checkpoint()
     assert checkpoint is not None
     assert int(checkpoint.name.rpartition("-")[2]) < 3000
+    run = RunDir(tmp_path / "run")
+    assert "Not finished" in run.report.read_text()
+    assert (run.charts / "loss.png").is_file()
 
 
 def read_whole(path: Path) -> list[str]:
