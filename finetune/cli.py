@@ -205,20 +205,25 @@ def report(
     watch: Annotated[
         bool, typer.Option("--watch", help="Serve it on this machine, as the run goes on.")
     ] = False,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="For --watch; 0: a free one.")] = 0,
+    port: Annotated[
+        int | None,
+        typer.Option(min=0, max=65535, help="For --watch; by default, or with 0, a free one."),
+    ] = None,
 ) -> None:
     """Write a run's report.html again, or show it as the run goes on."""
     from finetune.rundir import open_run_dir
 
     folder = open_run_dir(run_folder(run))
     if not watch:
+        if port is not None:
+            raise FinetuneError(f"--port {port}: is for --watch; add that, or leave it out")
         from finetune.report import write_report
 
         print(write_report(folder))
         return
     from finetune.watching import watching
 
-    with watching(folder, port) as server:
+    with watching(folder, port or 0) as server:
         print(f"http://127.0.0.1:{server.server_port}/  (Ctrl-C ends it)", flush=True)
         try:
             server.serve_forever()

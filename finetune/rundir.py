@@ -133,7 +133,7 @@ def open_run_dir(path: str | Path) -> RunDir:
     run = RunDir(path)
     if not run.path.is_dir():
         raise RunDirError(
-            f"{path}: no such run directory; give the output.dir of a finished `finetune train`"
+            f"{path}: no such run directory; give the output.dir of a `finetune train`"
         )
     if not run.recipe.is_file():
         raise RunDirError(f"{path}: is no run directory: recipe.yaml is missing")

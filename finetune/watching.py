@@ -1,5 +1,8 @@
 """The report of a run, live, on this machine alone: made anew whenever it is looked at."""
 
+import html
+import threading
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -9,27 +12,39 @@ from finetune.rundir import RunDir
 
 REFRESH_SECONDS = 10
 HOSTS = ("127.0.0.1", "localhost")
+FAILED = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta http-equiv="refresh" content="{seconds}">
+<title>no report</title></head>
+<body><p>The report could not be made: {error}. It is tried again every {seconds} seconds.</p>
+</body></html>
+"""
+drawing = threading.Lock()  # matplotlib's settings are those of all threads
 
 
 def watching(run: RunDir, port: int) -> ThreadingHTTPServer:
     """A server of the page on loopback, not yet answering; port 0 takes a free one.
 
-    The page loads itself again until the run has finished. Raises `RunDirError` where the port is
-    taken.
+    The page loads itself again until the run has finished, also where it could not be made. Raises
+    `RunDirError` where the port is taken.
     """
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            host = self.headers.get("Host", "").rpartition(":")[0]
+            host = self.headers.get("Host", "").partition(":")[0]  # without a port at port 80
             if host not in HOSTS:  # a page elsewhere, whose name was made to point here
                 self.send_error(403, "only for this machine")
             elif self.path != "/":
                 self.send_error(404)
             else:
-                self._answer(_page(run).encode())
+                status, page = _page(run)
+                self._answer(status, page.encode())
 
-        def _answer(self, page: bytes) -> None:
-            self.send_response(200)
+        def handle(self) -> None:
+            with suppress(ConnectionError):  # the tab was closed meanwhile
+                super().handle()
+
+        def _answer(self, status: int, page: bytes) -> None:
+            self.send_response(status)
             self.send_header("Content-Type", "text/html; charset=utf-8")
             self.send_header("Content-Length", str(len(page)))
             self.send_header("Cache-Control", "no-store")
@@ -45,6 +60,12 @@ def watching(run: RunDir, port: int) -> ThreadingHTTPServer:
         raise RunDirError(f"--port {port}: cannot be listened at ({error.strerror})") from error
 
 
-def _page(run: RunDir) -> str:
-    found = gather(run)
-    return render(found, refresh_seconds=None if found["finished"] else REFRESH_SECONDS)
+def _page(run: RunDir) -> tuple[int, str]:
+    try:
+        with drawing:
+            found = gather(run)
+            refresh_seconds = None if found["finished"] else REFRESH_SECONDS
+            return 200, render(found, refresh_seconds=refresh_seconds)
+    except Exception as error:  # whatever it is, the files may be whole when looked at again
+        words = html.escape(f"{type(error).__name__}: {error}")
+        return 500, FAILED.format(seconds=REFRESH_SECONDS, error=words)

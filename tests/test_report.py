@@ -4,14 +4,21 @@ import http.client
 import json
 import re
 import shutil
+import socket
+import struct
 import subprocess
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from finetune import watching as watching_module
 from finetune.charts import curve, smooth, thin
+from finetune.cli import main
 from finetune.errors import RunDirError
 from finetune.gallery import differences
 from finetune.report import judge, wilson_interval, write_report
@@ -320,10 +327,72 @@ def test_a_run_that_goes_on_is_watched(whole: RunDir):
         whole.summary.write_bytes(before)
         assert 'http-equiv="refresh"' not in asked()[1]
         assert asked("/recipe.yaml")[0] == 404
-        assert asked(host="elsewhere.example:80")[0] == 403
+        assert asked(host="elsewhere.example:80")[0] == asked(host="elsewhere.example")[0] == 403
+        assert asked(host="127.0.0.1")[0] == asked(host="localhost")[0] == 200  # at port 80
         with pytest.raises(RunDirError, match="cannot be listened at"):
             watching(whole, server.server_port)
         server.shutdown()
+
+
+@contextmanager
+def being_watched(run: RunDir) -> Iterator[tuple[str, int]]:
+    """Its host and port."""
+    with watching(run, 0) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield "127.0.0.1", server.server_port
+        server.shutdown()
+
+
+def test_a_page_that_cannot_be_made_is_tried_again(whole: RunDir, monkeypatch: pytest.MonkeyPatch):
+    def fails(_: RunDir):
+        raise ValueError("<torn>")
+
+    monkeypatch.setattr(watching_module, "gather", fails)
+    with being_watched(whole) as address:
+        connection = http.client.HTTPConnection(*address, timeout=20)
+        connection.request("GET", "/")
+        answer = connection.getresponse()
+        page = answer.read().decode()
+    assert answer.status == 500
+    assert 'http-equiv="refresh"' in page
+    assert "ValueError: &lt;torn&gt;" in page
+
+
+def test_a_tab_that_is_closed_is_no_fault(whole: RunDir, monkeypatch: pytest.MonkeyPatch):
+    closed, ended, faults = threading.Event(), threading.Event(), []
+
+    def end(_, request: socket.socket) -> None:
+        request.close()
+        ended.set()
+
+    def slow(_: RunDir):
+        closed.wait(20)
+        return 200, "x" * 10_000_000
+
+    monkeypatch.setattr(watching_module, "_page", slow)
+    monkeypatch.setattr(ThreadingHTTPServer, "shutdown_request", end)
+    monkeypatch.setattr(ThreadingHTTPServer, "handle_error", lambda *_: faults.append(_))
+    with being_watched(whole) as address:
+        connection = socket.create_connection(address, timeout=20)
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        reset = struct.pack("ii", 1, 0)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+        connection.close()
+        closed.set()
+        assert ended.wait(20)
+    assert not faults
+
+
+def test_a_port_without_watch_is_refused(
+    finished: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("sys.argv", ["finetune", "report", str(finished.path), "--port", "0"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert "--port 0: is for --watch" in capsys.readouterr().err
+    assert not finished.report.exists()
 
 
 def luminance(colour: str) -> float:
