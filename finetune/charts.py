@@ -4,6 +4,7 @@ For a page matplotlib draws with stand-in colours; afterwards each becomes a CSS
 (`--chart-raw`, ...) that the page sets, so that one drawing does for light and dark.
 """
 
+import html
 import io
 import itertools
 import math
@@ -35,6 +36,7 @@ ON_WHITE = {
     "held": "#b4540a",
 }
 MAX_POINTS = 600  # a line; more cannot be told apart at this width and only make the file larger
+TICK_STEPS = (1, 2, 2.5, 5, 10)  # not 0.15, 0.3, 0.45
 SIZE_INCHES = (
     5.2,
     3.0,
@@ -86,9 +88,13 @@ class Chart:
 
 def number(value: Any) -> float | None:
     """A finite number as a float; None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value)
+    try:
+        found = float(value)
+    except OverflowError:
+        return None
+    return found if math.isfinite(found) else None
 
 
 def curve(log: Log, key: str) -> list[tuple[float, float]]:
@@ -128,8 +134,10 @@ def thin(points: Points, limit: int = MAX_POINTS) -> list[tuple[float, float]]:
     return [points[index] for index in sorted(kept)]
 
 
-def line_chart(lines: Sequence[Line], *, name: str, title: str, label: str) -> Chart:
-    """Curves over the steps."""
+def line_chart(
+    lines: Sequence[Line], *, name: str, title: str, label: str, is_share: bool = False
+) -> Chart:
+    """Curves over the steps. One that stays at the same share stands between 0 and 1."""
 
     def paint(colours: Colours) -> Figure:
         figure, axes = _empty_chart(colours, xlabel="step")
@@ -144,7 +152,10 @@ def line_chart(lines: Sequence[Line], *, name: str, title: str, label: str) -> C
                 markersize=5,
                 label=line.name,
             )
-        axes.yaxis.set_major_locator(MaxNLocator(5))
+        values = {value for line in lines for _, value in line.points}
+        if is_share and len(values) == 1 and 0 <= min(values) <= 1:
+            axes.set_ylim(-0.04, 1.04)  # room for half a marker
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=TICK_STEPS))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.6g}")
         if len(lines) > 1:
             _legend(figure, colours, num_columns=len(lines))
@@ -203,7 +214,7 @@ def histogram_chart(
             )
             _legend(figure, colours, num_columns=1)
         axes.set_ylabel("rows", color=colours["ink"])
-        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True, steps=TICK_STEPS))
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
         return figure
 
@@ -222,7 +233,7 @@ def _empty_chart(colours: Colours, *, xlabel: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=SIZE_INCHES, layout="constrained")
     axes = figure.add_subplot()
     axes.set_xlabel(xlabel, color=colours["ink"])
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=TICK_STEPS))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 20k instead of 20000
     axes.tick_params(colors=colours["ink"], length=0)
     axes.grid(axis="y", color=colours["grid"], linewidth=0.8)
@@ -260,4 +271,4 @@ def inline(svg: str, *, name: str, label: str) -> str:
     rest = rest.replace("url(#", f"url(#{name}-").replace('xlink:href="#', f'href="#{name}-')
     for key, colour in STAND_INS.items():
         rest = rest.replace(colour, f"var(--chart-{key})")
-    return f'<svg {view_box[0]} role="img" aria-label="{label}">{rest.strip()}'
+    return f'<svg {view_box[0]} role="img" aria-label="{html.escape(label)}">{rest.strip()}'

@@ -17,6 +17,7 @@ from finetune.metrics import lower_is_better
 HEADLINE_METRIC = "exact_match"  # where it was measured; otherwise the first metric of the recipe
 CARDS_PER_STATUS = 48
 CHARACTERS_SHOWN = 500
+CHARACTERS_BESIDE = 60  # of what is the same on either side of a difference, in a long answer
 LIKE = 0.5  # answers less like the reference are wrong as a whole, and not letter by letter
 MAX_IMAGE_BYTES = (
     1_000_000  # thumbnails are far below; anything larger would make the page too heavy for a phone
@@ -91,16 +92,16 @@ class Card:
 def make_card(row: Row) -> Card:
     """A row of predictions.jsonl, judged, its pictures not yet read."""
     views = [views_of(each) for each in listed(row.get("views"))]
-    references = [text_of(reference) for reference in listed(row.get("references"))]
+    references = [whole_text(reference) for reference in listed(row.get("references"))]
     sides = [side for side in ("base", "adapter", "merged") if side in row]
     answers = [
-        Said(side, text, is_right(row, side), differences(text, references))
-        for side, text in ((side, text_of(row[side])) for side in sides)
+        Said(side, text_of(text), is_right(row, side), shortened(differences(text, references)))
+        for side, text in ((side, whole_text(row[side])) for side in sides)
     ]
     return Card(
         where=text_of(row.get("where")),
         question=text_of(row.get("question")),
-        references=references,
+        references=[text_of(reference) for reference in references],
         answers=answers,
         status=STATUS_OF.get((is_right(row, "base"), is_right(row, "adapter")), "unscored"),
         views=views_in_words(views),
@@ -124,6 +125,22 @@ def differences(answer: str, references: Sequence[str]) -> list[Piece]:
             continue
         pieces += [Piece("cut", said)] * bool(said) + [Piece("missing", meant)] * bool(meant)
     return pieces
+
+
+def shortened(pieces: Sequence[Piece]) -> list[Piece]:
+    """The pieces of a long answer, of what is the same only the letters beside a difference."""
+    if sum(len(piece.text) for piece in pieces) <= CHARACTERS_SHOWN:
+        return list(pieces)
+    shown, num_shown = [], 0
+    for piece in pieces:
+        text = text_of(piece.text)
+        if piece.kind == "same" and len(piece.text) > 2 * CHARACTERS_BESIDE:
+            text = f"{piece.text[:CHARACTERS_BESIDE]} … {piece.text[-CHARACTERS_BESIDE:]}"
+        shown.append(Piece(piece.kind, text))
+        num_shown += len(text)
+        if num_shown > 2 * CHARACTERS_SHOWN:
+            return [*shown, Piece("same", " …")]
+    return shown
 
 
 View = tuple[float, float, float, float, float, float]
@@ -185,10 +202,13 @@ def first_of_each_status(cards: Sequence[Card], folder: Path) -> list[Card]:
 
 def data_uri(folder: Path, relative: str) -> str | None:
     """A picture as a data URI; None if missing, no picture, too large, or outside `folder`."""
-    path = (folder / relative).resolve()
-    if not path.is_relative_to(folder.resolve()) or not path.is_file():
+    try:
+        path = (folder / relative).resolve()
+        if not path.is_relative_to(folder.resolve()) or not path.is_file():
+            return None
+        content = path.read_bytes()
+    except (OSError, ValueError):  # a name that no file can have
         return None
-    content = path.read_bytes()
     kind = next((kind for magic, kind in IMAGE_KINDS.items() if content.startswith(magic)), None)
     if kind is None or len(content) > MAX_IMAGE_BYTES:
         return None
@@ -205,9 +225,14 @@ def listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
+def whole_text(value: Any) -> str:
+    """The value as text, empty for None."""
+    return "" if value is None else str(value)
+
+
 def text_of(value: Any) -> str:
     """The value as text, empty for None, cut at a length that nobody reads beyond."""
-    text = "" if value is None else str(value)
+    text = whole_text(value)
     if len(text) <= CHARACTERS_SHOWN:
         return text
     return f"{text[:CHARACTERS_SHOWN]} … ({len(text):,} characters)"

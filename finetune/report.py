@@ -6,7 +6,8 @@ all of it, and words and numbers are shaped there too; this module only decides 
 """
 
 import json
-import math
+import shlex
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -63,7 +64,8 @@ def render(found: Mapping[str, Any], *, refresh_seconds: int | None = None) -> s
     )
     page.filters["inline_svg"] = lambda chart: Markup(chart.svg())
     template = files("finetune").joinpath("report.html.j2").read_text(encoding="utf-8")
-    return page.from_string(template).render(found, refresh_seconds=refresh_seconds)
+    shown = page.from_string(template).render(found, refresh_seconds=refresh_seconds)
+    return shown.encode("utf-8", errors="replace").decode("utf-8")  # JSON may hold half a character
 
 
 def gather(run: RunDir) -> dict[str, Any]:
@@ -75,6 +77,7 @@ def gather(run: RunDir) -> dict[str, Any]:
     skipped = read_rows(run.skipped, notes)
     predictions = read_rows(run.predictions, notes)
     recipe = run.recipe.read_text("utf-8", errors="replace") if run.recipe.is_file() else ""
+    settings = settings_of(recipe)
     environment = read_mapping(run.environment, notes) or {}
     data = read_mapping(run.data, notes) or {}
     cards = [make_card(row) for row in predictions]
@@ -86,19 +89,24 @@ def gather(run: RunDir) -> dict[str, Any]:
     sides = {side: found for side in SIDES if (found := numbers(figures.get(side)))}
     return {
         "name": run.path.resolve().name,
-        "subtitle": describe_recipe(recipe),
+        "path": shlex.quote(str(run.path)),
+        "subtitle": describe_recipe(settings),
         "version": __version__,
         "finished": summary is not None,
         "verdict": judge(figures, predictions),
         "figures": run_figures(figures, log),
         "device": text_of(figures.get("device")),
-        "curves": curves(log),
+        "planned_steps": planned_steps(settings, log),
+        "log_age_seconds": age_seconds(run.metrics),
+        "curves": curves(log, num_asked=rows_in_training(settings, figures, data)),
         "histograms": histograms(data),
         "data": {name: numbers(part) for name, part in data.items()},
         "sides": sides,
         "measured": list(dict.fromkeys(name for found in sides.values() for name in found)),
-        "intervals": mapping(figures.get("intervals")),
-        "differences": mapping(figures.get("differences")),
+        "intervals": {
+            side: mapping(found) for side, found in mapping(figures.get("intervals")).items()
+        },
+        "differences": differences_of(figures, sides),
         "evaluations": other_evaluations(run, notes),
         "lower_is_better": lower_is_better,
         "title_of": title_of,
@@ -159,7 +167,7 @@ def read_mapping(path: Path, notes: list[str]) -> Row | None:
         return None
     try:
         value = read_json(path)
-    except (RunDirError, UnicodeDecodeError) as error:
+    except (RunDirError, ValueError) as error:
         notes.append(f"{path.name} was left out: {error}")
         return None
     return value if isinstance(value, dict) else {}
@@ -176,7 +184,7 @@ def read_rows(path: Path, notes: list[str]) -> list[Row]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except ValueError:  # also for a number of more digits than Python reads
             row = None
         if isinstance(row, dict):
             rows.append(row)
@@ -212,21 +220,16 @@ def flatten(values: Row, prefix: str = "") -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Share:
-    """How many held-out rows were right, with the 95% Wilson interval of that share."""
+    """How many held-out rows were right, and the interval of that share that the summary has."""
 
     right: int
     total: int
+    interval: tuple[float, float] | None
 
     @property
     def percent(self) -> float:
         """Of all rows, 0 to 100."""
         return 100 * self.right / self.total
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Percent, low and high."""
-        low, high = wilson_interval(self.right, self.total)
-        return 100 * low, 100 * high
 
 
 @dataclass(frozen=True)
@@ -274,7 +277,7 @@ def judge(summary: Row, predictions: Sequence[Row]) -> Verdict | None:
         num_better=num_better,
         num_worse=num_worse,
         interval=interval_of(found.get("interval")),
-        shares=count_right(predictions),
+        shares=count_right(predictions, mapping(summary.get("intervals"))),
     )
 
 
@@ -289,14 +292,21 @@ def gain_of(metric: str, base: float, adapter: float) -> float:
     return base - adapter if lower_is_better(metric) else adapter - base
 
 
-def count_right(predictions: Sequence[Row]) -> tuple[Share, Share] | None:
+def count_right(predictions: Sequence[Row], intervals: Row) -> tuple[Share, Share] | None:
     """The shares of right answers, base and adapter, over the rows where both were scored."""
     pairs = [(is_right(row, "base"), is_right(row, "adapter")) for row in predictions]
     scored = [pair for pair in pairs if None not in pair]
     if not scored:
         return None
-    base, adapter = (sum(map(bool, side)) for side in zip(*scored, strict=True))
-    return Share(base, len(scored)), Share(adapter, len(scored))
+    base, adapter = (
+        Share(
+            sum(map(bool, right)),
+            len(scored),
+            interval_of(mapping(intervals.get(side)).get(HEADLINE_METRIC)),
+        )
+        for side, right in zip(("base", "adapter"), zip(*scored, strict=True), strict=True)
+    )
+    return base, adapter
 
 
 def count_changes(metric: str, predictions: Sequence[Row]) -> tuple[int, int]:
@@ -311,13 +321,20 @@ def count_changes(metric: str, predictions: Sequence[Row]) -> tuple[int, int]:
     return sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
 
 
-def wilson_interval(right: int, total: int) -> tuple[float, float]:
-    """The 95% interval of a share (Wilson 1927); at 0 and 1 too it has a width."""
-    z = 1.959964
-    share, spread = right / total, z * z / total
-    middle = (share + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(share * (1 - share) / total + spread / (4 * total))
-    return max(0.0, middle - half), min(1.0, middle + half)
+def differences_of(summary: Row, sides: Mapping[str, Mapping[str, float]]) -> dict[str, Row]:
+    """Of each metric that base and adapter both have: the difference, its interval and the verdict,
+    where they were kept.
+    """
+    base, adapter = (sides.get(side, {}) for side in ("base", "adapter"))
+    return {
+        metric: {
+            "figure": adapter[metric] - base[metric],
+            "interval": found.get("interval"),
+            "verdict": text_of(found.get("verdict")),
+        }
+        for metric, found in mapping(summary.get("differences")).items()
+        if metric in base and metric in adapter and isinstance(found, dict)
+    }
 
 
 # The rest of the page.
@@ -334,12 +351,49 @@ def run_figures(summary: Row, log: Sequence[Row]) -> dict[str, float]:
     return figures | numbers(summary)
 
 
-def describe_recipe(recipe: str) -> str:
-    """Model, method and parts in a line; empty where the recipe is no readable YAML."""
+def settings_of(recipe: str) -> Row:
+    """The recipe's sections; empty where it is no readable YAML."""
     try:
-        settings = mapping(yaml.safe_load(recipe))
-    except yaml.YAMLError:
+        return mapping(yaml.safe_load(recipe))
+    except (yaml.YAMLError, ValueError):  # the latter for a date that there is not
+        return {}
+
+
+def planned_steps(settings: Row, log: Sequence[Row]) -> str:
+    """How many steps the run is to take, about where only its epochs are known; empty where nothing
+    tells.
+    """
+    training = mapping(settings.get("training"))
+    if steps := number(training.get("max_steps")):
+        return f"{steps:,.0f}"
+    epochs, logged = number(training.get("epochs")), curve(log, "epoch")
+    if not epochs or not logged or logged[-1][1] <= 0:
         return ""
+    step, epoch = logged[-1]
+    return f"about {step / epoch * epochs:,.0f}"
+
+
+def age_seconds(path: Path) -> float | None:
+    """Since the file was last written; None where there is none."""
+    return max(0.0, time.time() - path.stat().st_mtime) if path.is_file() else None
+
+
+def rows_in_training(settings: Row, summary: Row, data: Row) -> int | None:
+    """How many held-out rows were answered during training; None where those were all that are
+    judged, or nothing tells.
+    """
+    evaluation = mapping(settings.get("evaluation"))
+    asked, limit = (number(evaluation.get(key)) for key in ("rows_in_training", "max_rows"))
+    judged = number(summary.get("num_eval_rows")) or number(
+        mapping(data.get("eval")).get("num_rows")
+    )
+    if asked is None or judged is None:
+        return None
+    return int(asked) if asked < min(judged, limit or judged) else None
+
+
+def describe_recipe(settings: Row) -> str:
+    """Model, method and parts in a line."""
     adapter = mapping(settings.get("adapter"))
     words = [mapping(settings.get("model")).get("name"), adapter.get("method")]
     if (rank := adapter.get("rank")) and adapter.get("method") not in ("full", "frozen"):

@@ -18,9 +18,12 @@ from finetune.charts import (
 from finetune.metrics import METRICS, title_of
 
 
-def curves(log: Log) -> list[Chart]:
-    """What `metrics.jsonl` holds, over the steps; a curve of fewer than two points is not drawn."""
-    return [*_training(log), *_held_out(log), *_cost(log)]
+def curves(log: Log, *, num_asked: int | None = None) -> list[Chart]:
+    """What `metrics.jsonl` holds, over the steps; a curve of fewer than two points is not drawn.
+
+    `num_asked` rows were answered in training, where those are fewer than were judged in the end.
+    """
+    return [*_training(log), *_held_out(log, num_asked), *_cost(log)]
 
 
 def _training(log: Log) -> Iterator[Chart]:
@@ -43,16 +46,19 @@ def _training(log: Log) -> Iterator[Chart]:
         yield line_chart(lines, name="grad_norm", title="Norm of the gradient", label=label)
 
 
-def _held_out(log: Log) -> Iterator[Chart]:
+def _held_out(log: Log, num_asked: int | None) -> Iterator[Chart]:
     for metric in METRICS:
         points = curve(log, f"eval_{metric}")
         if len(points) < 2 or metric == "loss":
             continue
         title = f"Held-out {title_of(metric)}"
+        if num_asked and metric != "perplexity":  # which is that of the loss, of all rows
+            title += f", first {num_asked:,} row{'' if num_asked == 1 else 's'}"
         (_, start), (_, end) = points[0], points[-1]
         label = f"{title}: {start:.3f} at first, {end:.3f} at last"
         line = Line(title_of(metric), "held", points, marker="o")
-        yield line_chart([line], name=f"eval_{metric}", title=title, label=label)
+        name = f"eval_{metric}"
+        yield line_chart([line], name=name, title=title, label=label, is_share=True)
 
 
 def _cost(log: Log) -> Iterator[Chart]:
@@ -81,17 +87,16 @@ def seconds_a_step(log: Log) -> list[tuple[float, float]]:
 
 def histograms(data: Mapping[str, Any]) -> list[Chart]:
     """What `data.json` counts, a chart for tokens and one for views of each part; none where all
-    rows are alike.
+    rows are alike. Of other parts there is no chart: their names would be those of files.
     """
     charts = []
-    for part, counted in data.items():
+    for part, name in (("train", "Training rows"), ("eval", "Held-out rows")):
         for what in ("tokens", "views", "learnt_tokens"):
-            found = _bins(counted, what)
+            found = _bins(data.get(part), what)
             if not found:
                 continue
             edges, counts = found
             words = what.replace("_", " ")
-            name = {"train": "Training rows", "eval": "Held-out rows"}.get(part, part)
             filled = [edge for edge, count in zip(edges, counts, strict=False) if count]
             label = f"{name}: {words} a row, from {filled[0]:,} to about {filled[-1]:,}"
             charts.append(

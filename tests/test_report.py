@@ -17,11 +17,20 @@ import pytest
 from PIL import Image
 
 from finetune import watching as watching_module
-from finetune.charts import curve, smooth, thin
+from finetune.charts import (
+    ON_WHITE,
+    Chart,
+    Line,
+    curve,
+    histogram_chart,
+    line_chart,
+    smooth,
+    thin,
+)
 from finetune.cli import main
 from finetune.errors import RunDirError
-from finetune.gallery import differences
-from finetune.report import judge, wilson_interval, write_report
+from finetune.gallery import CARDS_PER_STATUS, differences, shortened
+from finetune.report import judge, planned_steps, write_report
 from finetune.rundir import RunDir, read_jsonl, write_json, write_jsonl
 from finetune.watching import watching
 
@@ -201,6 +210,114 @@ def test_a_finished_run_without_evaluation_says_so(stopped: RunDir):
     assert "Not evaluated" in words_of(page_of(stopped))
 
 
+def test_what_to_do_next_is_named(stopped: RunDir):
+    resume = f"finetune train {stopped.path}/recipe.yaml --resume"
+    assert f"go on with: {resume}" in words_of(page_of(stopped))
+    write_json(stopped.summary, {})
+    assert f"To measure both: finetune eval {stopped.path}," in words_of(page_of(stopped))
+
+
+def test_the_steps_to_come_are_told():
+    by_epoch = {"training": {"epochs": 3.0, "max_steps": None}}
+    assert planned_steps(by_epoch, [{"step": 10, "epoch": 0.4}]) == "about 75"
+    assert planned_steps({"training": {"max_steps": 3000}}, []) == "3,000"
+    assert planned_steps({}, [{"step": 10}]) == planned_steps(by_epoch, []) == ""
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"intervals": {"base": 3, "adapter": [1]}},
+        {"intervals": [0, 1]},
+        {"differences": {"exact_match": [0.5, 1.0], "anls": 3}},
+        {"differences": {"exact_match": {"interval": {"low": 0}, "verdict": ["better"]}}},
+        {"differences": {"cer": {"interval": [0.5, 1.0], "verdict": "better"}}},
+        {"adapter": {"exact_match": 0.9}},  # and a difference in ANLS
+        {"base": {}},
+    ],
+)
+def test_entries_of_the_wrong_shape_cost_no_page(finished: RunDir, change: dict):
+    change_summary(finished, **change)
+    assert "Held-out rows" in words_of(page_of(finished))
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("recipe.yaml", "when: 2001-99-99"),
+        ("metrics.jsonl", f'{{"step": 1, "loss": {"9" * 400}}}'),
+        ("metrics.jsonl", f'{{"step": 1, "loss": {"9" * 5000}}}'),
+        ("summary.json", f'{{"steps": {"9" * 5000}}}'),
+        ("environment.json", b'{"device": "\xff"}'),
+        ("evaluation/predictions.jsonl", '{"images": ["a\\u0000b.png"]}'),
+        ("evaluation/predictions.jsonl", json.dumps({"images": ["a" * 5000]})),
+        ("evaluation/predictions.jsonl", '{"question": "\\ud800"}'),
+    ],
+)
+def test_what_no_file_of_ours_holds_costs_no_page(finished: RunDir, file: str, text: str | bytes):
+    content = text if isinstance(text, bytes) else text.encode()
+    (finished.path / file).write_bytes(content + b"\n")
+    assert "To do it again" in words_of(page_of(finished))
+
+
+def test_names_in_the_data_s_counts_become_neither_markup_nor_files(whole: RunDir):
+    counted = json.loads(whole.data.read_text())
+    names = ('"><img src=x onerror=y>', "../../../evil")
+    write_json(whole.data, counted | dict.fromkeys(names, counted["train"]))
+    page = page_of(whole)
+    assert "<img src=x" not in page
+    assert not [*whole.path.parent.rglob("*evil*"), *whole.path.parent.parent.glob("evil*")]
+    assert {path.name for path in whole.charts.glob("*tokens*")} == {"train_tokens.png"}
+    chart = histogram_chart([0, 1, 2], [1, 1], xlabel="", name="a", title="", label='"><img src=x>')
+    assert "<img" not in chart.svg()
+
+
+def test_a_filter_says_how_many_it_shows(finished: RunDir):
+    rows = [prediction(i, base=False, adapter=True) for i in range(CARDS_PER_STATUS + 2)]
+    write_jsonl(finished.predictions, [*rows, prediction(99, base=True, adapter=True)])
+    words = words_of(page_of(finished))
+    assert "All: 49 of 51" in words
+    assert "Fixed: wrong before, right now: 48 of 50" in words
+    assert "Right both times: 1 " in words
+
+
+def test_a_question_keeps_its_lines_and_its_direction_to_itself(whole: RunDir):
+    rows = read_jsonl(whole.predictions)
+    rows[0]["question"] = "מה\nכתוב?"
+    write_jsonl(whole.predictions, rows)
+    page = page_of(whole)
+    assert "<bdi>מה\nכתוב?</bdi> <small>Shown in" in page
+    assert re.search(r"\.card :is\(dd, bdi\) { white-space: pre-wrap; }", page)
+
+
+def test_numbers_of_the_data_stand_at_the_right(whole: RunDir):
+    table = re.search(r'<table class="([^"]*)">\s*<thead><tr><th scope="col">part', page_of(whole))
+    assert table
+    assert table[1] == "figures numbers"
+
+
+def ticks_of(chart: Chart) -> list[float]:
+    """Those of the value axis that are to be seen."""
+    axes = chart.paint(ON_WHITE).axes[0]
+    low, high = axes.get_ylim()
+    return [round(tick, 6) for tick in axes.get_yticks() if low <= tick <= high]
+
+
+@pytest.mark.parametrize("highest", [0.8, 0.97, 1.3, 1.5, 2.9, 3.5, 7.7])
+def test_ticks_are_round_numbers(highest: float):
+    line = Line("loss", "smooth", [(0, 0.0), (10, highest)])
+    ticks = ticks_of(line_chart([line], name="loss", title="", label=""))
+    step = f"{ticks[1] - ticks[0]:e}"
+    assert float(step.partition("e")[0]) in (1, 2, 2.5, 5)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
+def test_a_metric_that_stays_as_it_is_has_ticks_between_0_and_1(value: float):
+    line = Line("ANLS", "held", [(10, value), (20, value)], marker="o")
+    ticks = ticks_of(line_chart([line], name="anls", title="", label="", is_share=True))
+    assert (ticks[0], ticks[-1]) == (0, 1)
+
+
 @pytest.mark.parametrize("broken", ["[]", "{", '{"base": 3, "adapter": {"anls": "high"}}'])
 def test_a_summary_of_the_wrong_shape_costs_no_page(finished: RunDir, broken: str):
     finished.summary.write_text(broken)
@@ -242,11 +359,42 @@ def test_a_lower_error_rate_is_better():
     assert [share.right for share in verdict.shares] == [0, 8]
 
 
-def test_the_intervals_agree_with_published_figures():
-    low, high = wilson_interval(81, 263)  # Newcombe 1998, table I, method 3
-    assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
-    low, high = wilson_interval(0, 20)
-    assert (round(low, 4), round(high, 4)) == (0.0, 0.1611)
+def change_summary(run: RunDir, **changes) -> None:
+    write_json(run.summary, json.loads(run.summary.read_text()) | changes)
+
+
+def test_bars_and_table_show_the_same_interval(finished: RunDir):
+    bars = {"base": {"exact_match": [0.0, 0.3]}, "adapter": {"exact_match": [0.7, 1.0]}}
+    change_summary(finished, intervals=bars)
+    words = words_of(page_of(finished))
+    assert "1 of 10 right 95% interval 0 to 30%" in words
+    assert "9 of 10 right 95% interval 70 to 100%" in words
+    assert "exact match 0.100 [0.000, 0.300] 0.900 [0.700, 1.000]" in words
+    assert "95% interval of the difference: +0.500 to +1.000." in words
+
+
+def test_an_interval_of_no_width_is_not_taken_for_certainty(finished: RunDir):
+    change_summary(
+        finished,
+        intervals={"base": {"exact_match": [0.1, 0.1]}},
+        differences={"exact_match": {"interval": [0.8, 0.8], "verdict": "better"}},
+    )
+    words = words_of(page_of(finished))
+    assert "95% interval of the difference cannot be estimated from these rows" in words
+    assert "right 95% interval" not in words
+
+
+@pytest.mark.parametrize(
+    ("asked", "title"),
+    [
+        ("{rows_in_training: 4, max_rows: null}", "Held-out exact match, first 4 rows"),
+        ("{rows_in_training: 10, max_rows: null}", "Held-out exact match"),
+        ("{rows_in_training: 8, max_rows: 6}", "Held-out exact match"),  # those that are judged
+    ],
+)
+def test_a_curve_of_fewer_rows_than_were_judged_says_so(whole: RunDir, asked: str, title: str):
+    whole.recipe.write_text(f"evaluation: {asked}")
+    assert f"<figcaption>{title}</figcaption>" in page_of(whole)
 
 
 def test_a_step_run_again_after_a_resume_counts_once():
@@ -305,6 +453,19 @@ def test_what_differs_is_marked():
     assert differences("", ["12.50"]) == differences("12.50", []) == []
 
 
+def test_two_long_answers_are_compared_to_their_ends(finished: RunDir):
+    same = "word " * 200
+    row = prediction(1, base=False, adapter=False)
+    row |= {"base": f"{same}end", "adapter": f"{same}bad", "references": [f"{same}end"]}
+    write_jsonl(finished.predictions, [row])
+    page = page_of(finished)
+    assert re.search(r"word word  … \S?[ word]+<del>.*?</span>ba</del><ins>", page)
+    assert page.count("word ") < 250
+    pieces = differences("abb" * 2000, ["abc" * 2000])
+    assert len(pieces) > 5000
+    assert len("".join(each.text for each in shortened(pieces))) < 1100
+
+
 def test_a_run_that_goes_on_is_watched(whole: RunDir):
     def asked(path: str = "/", host: str = "") -> tuple[int, str]:
         address = f"127.0.0.1:{server.server_port}"
@@ -321,6 +482,7 @@ def test_a_run_that_goes_on_is_watched(whole: RunDir):
         status, page = asked()
         assert (status, 'http-equiv="refresh"' in page) == (200, True)
         assert "up to step 30" in words_of(page)
+        assert re.search(r"metrics.jsonl was last written \d+ s ago", words_of(page))
         with whole.metrics.open("a") as log:
             log.write('{"step": 40, "loss": 0.5}\n')
         assert "up to step 40" in words_of(asked()[1])
