@@ -4,7 +4,7 @@ The floors of the house, lowest first. A module imports from its own line only w
 on that line, and from any line above it in this list; never from a line below.
 `tests/test_house.py` holds this order.
 
-    errors  patterns
+    errors  patterns  packages
     recipe.messages  recipe.syntax  recipe.files  recipe.fields  recipe.conflicts
     recipe.schema  recipe.loading
     recipe.copying

@@ -108,6 +108,10 @@ def ask_rows(
     """
     rank, num_processes = process()
     found = kept.known(side) if kept else {}
+    if num_processes > 1:
+        # or one would read what another has answered by then, and share out other rows
+        PartialState().wait_for_everyone()
+    encoder = with_room(side.encoder, settings.prompt_suffix)
     rows, num_tokens = asked.rows, asked.num_tokens
     left = [i for i in np.argsort(-num_tokens, kind="stable").tolist() if i not in found]
     console.print(
@@ -121,7 +125,7 @@ def ask_rows(
             with side.opened() as model:
                 for numbers in batches_of(own, num_tokens, settings):
                     batch = [with_suffix(rows[i], settings.prompt_suffix) for i in numbers]
-                    answers = _ask(model, side.encoder, batch, settings)
+                    answers = _ask(model, encoder, batch, settings)
                     found |= zip(numbers, answers, strict=True)
                     if kept:
                         kept.add(side, numbers, answers)
@@ -147,6 +151,16 @@ def batches_of(
         batch.append(number)
     if batch:
         yield batch
+
+
+def with_room(encoder: Encoder, suffix: str | None) -> Encoder:
+    """The encoder with as many tokens more allowed as `suffix` may take: rows are examined without
+    it.
+    """
+    if not suffix or encoder.max_tokens is None:
+        return encoder
+    tokens = encoder.processor.tokenizer(f"\n{suffix}", add_special_tokens=False).input_ids
+    return replace(encoder, max_tokens=encoder.max_tokens + len(tokens) + 1)
 
 
 def with_suffix(row: Row, suffix: str | None) -> Row:

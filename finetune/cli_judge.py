@@ -91,13 +91,16 @@ def score(
 def compare(
     runs: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="Run directories.")],
     metrics: Metrics = None,
+    name: Annotated[
+        str | None, typer.Option(help="Their evaluations of that name: finetune eval ... --name")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Several runs in one table, over the rows that all were judged on."""
     from finetune.compare import compare as run_compare
     from finetune.tables import compared_table, results_console
 
-    compared = run_compare([run_folder(run) for run in runs], _named(metrics))
+    compared = run_compare([run_folder(run) for run in runs], _named(metrics), name)
     found = compared.to_json()
     if as_json:
         print(json.dumps(found))

@@ -1,5 +1,6 @@
 """`finetune compare`: several runs on the rows that all of them were judged on."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 from finetune.errors import DataError, RunDirError
 from finetune.metrics import Measured, differences, measure
 from finetune.recipe import load_recipe
-from finetune.rundir import RunDir, open_run_dir, read_jsonl
+from finetune.rundir import PREDICTIONS, RunDir, open_run_dir, read_jsonl
 from finetune.score import metrics_named
 
 
@@ -38,11 +39,14 @@ class Compared:
         }
 
 
-def compare(paths: Sequence[str | Path], metrics: Sequence[str] = ()) -> Compared:
+def compare(
+    paths: Sequence[str | Path], metrics: Sequence[str] = (), name: str | None = None
+) -> Compared:
     """Measure the answers that runs gave, without asking again; `metrics` are by default those of
-    the first run's recipe.
+    the first run's recipe. `name` is that of an evaluation on other rows than the runs' own.
 
-    Rows are the same where place, question and references are. Raises `FinetuneError`.
+    Rows are the same where place, question and references are, and rows that repeat these are told
+    apart by their order. Raises `FinetuneError`.
     """
     if len(paths) < 2:
         raise RunDirError("give two runs or more to compare")
@@ -50,20 +54,21 @@ def compare(paths: Sequence[str | Path], metrics: Sequence[str] = ()) -> Compare
     names = _names(runs)
     names_of_metrics = metrics or load_recipe(runs[0].recipe, check_paths=False).evaluation.metrics
     chosen = metrics_named(names_of_metrics)
-    answers = {name: _answers(run) for name, run in zip(names, runs, strict=True)}
+    answers = {each: _answers(run, name) for each, run in zip(names, runs, strict=True)}
     shared = [row for row in answers[names[0]] if all(row in each for each in answers.values())]
     if not shared:
         raise DataError(
             f"{' and '.join(names)} were judged on no row in common (by its file's name, question "
-            "and references); evaluate them on the same data: finetune eval RUN --data FILE"
+            "and references); ask each the same: finetune eval RUN --data FILE --name NAME, then "
+            "compare with --name NAME"
         )
     references = [list(row[2]) for row in shared]
     given = {"base": [answers[names[0]][row]["base"] for row in shared]}
-    given |= {name: [each[row]["adapter"] for row in shared] for name, each in answers.items()}
+    given |= {run: [each[row]["adapter"] for row in shared] for run, each in answers.items()}
     return Compared(
-        {name: measure(texts, references, chosen) for name, texts in given.items()},
+        {run: measure(texts, references, chosen) for run, texts in given.items()},
         len(shared),
-        {name: len(each) - len(shared) for name, each in answers.items()},
+        {run: len(each) - len(shared) for run, each in answers.items()},
     )
 
 
@@ -77,13 +82,26 @@ def _names(runs: Sequence[RunDir]) -> list[str]:
     return names
 
 
-Place = tuple[str, str, tuple[str, ...]]
+# Place, question, references, and how many rows with the same came before
+Place = tuple[str, str, tuple[str, ...], int]
 
 
-def _answers(run: RunDir) -> dict[Place, dict[str, Any]]:
-    rows = read_jsonl(run.predictions)
+def _answers(run: RunDir, name: str | None) -> dict[Place, dict[str, Any]]:
+    file = run.evaluations / name / PREDICTIONS if name else run.predictions
+    rows = read_jsonl(file)
     if not rows:
-        raise RunDirError(f"{run.path}: was not judged on held-out rows; finetune eval {run.path}")
-    return {
-        (Path(row["where"]).name, row["question"], tuple(row["references"])): row for row in rows
-    }
+        how = f" --data FILE --name {name}" if name else ""
+        raise RunDirError(f"{file}: holds no answers; get them with: finetune eval {run.path}{how}")
+    seen: Counter[tuple[str, str, tuple[str, ...]]] = Counter()
+    found = {}
+    for number, row in enumerate(rows, start=1):
+        try:
+            place = Path(row["where"]).name, row["question"], tuple(row["references"])
+            found[*place, seen[place]] = {"base": row["base"], "adapter": row["adapter"]}
+        except (KeyError, TypeError) as error:
+            raise RunDirError(
+                f"{file}:{number}: lacks what a row of both base and adapter has ({error}); "
+                "evaluate the run again, without --base"
+            ) from error
+        seen[place] += 1
+    return found

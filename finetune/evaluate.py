@@ -13,10 +13,10 @@ from finetune.errors import DataError, RecipeError
 from finetune.judging import judge
 from finetune.metrics import PACKAGES
 from finetune.model.load import quiet_libraries
+from finetune.packages import refuse_missing
 from finetune.preparation import PreparedRows, cache_of, load_encoder, prepare_held_out
 from finetune.recipe import DataSource, Recipe, load_recipe
 from finetune.report import write_report
-from finetune.requirements import refuse_missing
 from finetune.rundir import RunDir, open_run_dir, read_json, write_json
 from finetune.serve import servable
 from finetune.sides import Side, side_of_base, side_of_merged, sides_of_run
@@ -46,8 +46,8 @@ class Asked:
 
     def folder_name(self) -> str:
         """That of the figures, unless it is given."""
-        data = Path(str(self.data[0])).stem if self.data else None
-        return self.name or self.suite or data or ("base" if self.base_only else "held-out")
+        rows = self.suite or (Path(str(self.data[0])).stem if self.data else "held-out")
+        return self.name or (f"{rows}-base" if self.base_only else rows)
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,14 @@ def evaluate(
     run, own = open_run_dir(path), asked.is_the_run_s_own()
     folder = run.evaluation if own else run.evaluations / _safe(asked.folder_name())
     recipe, suite = _recipe_to_ask(run, asked)
+    about = {
+        "name": folder.name,
+        "data": [source.hub or source.path for source in recipe.data.eval],
+        "evaluation": recipe.evaluation.model_dump(),
+        "paper": suite.beside() if suite else None,
+    }
+    if not own:
+        _refuse_other_figures(folder, json.loads(json.dumps(about)))
     encoder = load_encoder(recipe, console)
     sides = _sides(run, recipe, asked, encoder, console)
     held_out = _held_out(run, recipe, encoder, console)
@@ -89,12 +97,6 @@ def evaluate(
         summary = read_json(run.summary) if run.summary.is_file() else {}
         write_json(run.summary, summary | figures | {"eval_rows_by_source": by_source})
     else:
-        about = {
-            "name": folder.name,
-            "data": [source.hub or source.path for source in recipe.data.eval],
-            "evaluation": recipe.evaluation.model_dump(),
-            "paper": suite.beside() if suite else None,
-        }
         write_json(folder / run.summary.name, about | figures)
     write_report(run)
     return Evaluated(figures, folder, suite)
@@ -105,10 +107,16 @@ def _recipe_to_ask(run: RunDir, asked: Asked) -> tuple[Recipe, Suite | None]:
     if asked.data and asked.suite:
         raise RecipeError("--data and --suite exclude each other: each brings its own rows")
     for setting in asked.settings:
-        if setting.partition(".")[0] not in ("evaluation", "data"):
+        key = setting.partition("=")[0]
+        if key.partition(".")[0] not in ("evaluation", "data"):
             raise RecipeError(
                 f"{setting}: a run is asked as it was trained; only settings of evaluation and "
                 "data can be others"
+            )
+        if key in ("data.eval_fraction", "data.eval_seed"):
+            raise RecipeError(
+                f"{setting}: would draw other rows than were held out, and trained ones among "
+                "them; give other rows with --data"
             )
     suite = SUITES.get(asked.suite) if asked.suite else None
     if asked.suite and suite is None:
@@ -173,6 +181,20 @@ def _held_out(run: RunDir, recipe: Recipe, encoder: Any, console: Console) -> Pr
             "trained on would be judged as held out; bring the files back, or train with data.eval"
         )
     return held_out
+
+
+def _refuse_other_figures(folder: Path, about: dict[str, Any]) -> None:
+    """Raise `RecipeError` where the folder holds figures of other rows, metrics or settings, which
+    would be lost.
+    """
+    file = folder / "summary.json"
+    stored = read_json(file) if file.is_file() else {}
+    others = [key for key in ("data", "evaluation") if stored and stored.get(key) != about[key]]
+    if others:
+        raise RecipeError(
+            f"{folder}: holds figures of other {' and '.join(others)} settings; give these a "
+            "folder of their own (--name), or remove that one"
+        )
 
 
 def _safe(name: str) -> str:

@@ -1,18 +1,15 @@
 """What a recipe asks of this version, this machine and its packages, where it is not there."""
 
 import os
-from collections.abc import Mapping
-from importlib.util import find_spec
 
 import torch
 
 from finetune.errors import RecipeError, summarise_problems
 from finetune.metrics import PACKAGES
 from finetune.model.methods import mixes_dtypes
-from finetune.model.optimizer import PIP_NAMES, package_of
+from finetune.model.optimizer import package_of
+from finetune.packages import missing
 from finetune.recipe import Recipe
-
-_PIP_NAMES = PIP_NAMES | {"liger_kernel": "liger-kernel"}
 
 
 def refuse_what_cannot_run(recipe: Recipe, source: str) -> None:
@@ -44,24 +41,9 @@ def refuse_what_cannot_run(recipe: Recipe, source: str) -> None:
             f"training.optimizer: {name} cannot be set up by this version of transformers; "
             "set galore_adafactor"
         )
-    problems += _missing(_packages(recipe))
+    problems += missing(_packages(recipe))
     if problems:
         raise RecipeError(summarise_problems(source, problems))
-
-
-def refuse_missing(packages: Mapping[str, str], source: str) -> None:
-    """Raise `RecipeError` for modules that are not installed, by what needs them."""
-    if problems := _missing(packages):
-        raise RecipeError(summarise_problems(source, problems))
-
-
-def _missing(packages: Mapping[str, str]) -> list[str]:
-    return [
-        f"{setting}: needs the package {package}, which is not installed; pip install "
-        f"{_PIP_NAMES.get(package, package)}"
-        for setting, package in packages.items()
-        if find_spec(package) is None
-    ]
 
 
 def _packages(recipe: Recipe) -> dict[str, str]:

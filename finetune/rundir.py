@@ -214,11 +214,14 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     # not splitlines(), which also breaks at U+2028 and others that answers may hold
-    *lines, _unfinished = path.read_text(encoding="utf-8").split("\n")
+    *lines, _unfinished = path.read_bytes().split(b"\n")
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise RunDirError(f"{path}:{number}: is not JSON: {error.msg}") from error
+            row = json.loads(line)
+        except ValueError as error:  # of JSON, and of bytes that are no text
+            raise RunDirError(f"{path}:{number}: is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise RunDirError(f"{path}:{number}: is no object")
+        rows.append(row)
     return rows

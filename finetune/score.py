@@ -1,5 +1,6 @@
 """`finetune score`: figures for predictions made anywhere, by the code that judges runs."""
 
+import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,8 @@ import orjson
 
 from finetune.errors import DataError, RecipeError, summarise_problems
 from finetune.metrics import PACKAGES, Measured, measure
+from finetune.packages import refuse_missing
 from finetune.recipe import METRICS
-from finetune.requirements import refuse_missing
 
 SHOWN = 10
 
@@ -58,7 +59,7 @@ def metrics_named(names: Sequence[str]) -> list[str]:
 def _read(path: Path, field: str) -> tuple[list[str], list[list[str]]]:
     predictions, references, problems = [], [], []
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     for number, line in enumerate(lines, start=1):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from finetune.recipe import DataSource
 
 BRIEF = "Give a very brief answer."
-LETTER = "Answer with the letter."
+LETTER = "Answer with the letter, or in a word where there are none."
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Suite:
         if self.paper is None:
             return "the paper of Idefics2 gives no figure for it"
         return (
-            f"{self.paper:.3f} of idefics2-8b on {self.paper_split}, with split images, in the "
-            "paper of Idefics2"
+            f"{self.metric} {self.paper:.3f} of idefics2-8b on {self.paper_split}, with split "
+            "images, in the paper of Idefics2"
         )
 
 

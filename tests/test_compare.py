@@ -1,6 +1,7 @@
 """`finetune compare`, on runs written by hand."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from typer.testing import CliRunner
 from finetune.cli import app
 from finetune.compare import compare
 from finetune.errors import DataError, RunDirError
-from finetune.rundir import RunDir, write_jsonl
+from finetune.rundir import RunDir, read_jsonl, write_jsonl
 
 RECIPE = """
 model: {name: nano}
@@ -57,6 +58,48 @@ def test_runs_are_compared_on_the_rows_they_share(tmp_path: Path) -> None:
     assert set(by_letters.measured["first"].columns) == {"cer"}
 
 
+def test_rows_that_are_told_apart_by_nothing_are_all_counted(tmp_path: Path) -> None:
+    one, other = (run_with(tmp_path / name, ["right", "wrong"]) for name in ("one", "other"))
+    for run in (one, other):
+        rows = [row | {"where": "/a/eval.jsonl:1"} for row in read_jsonl(run.predictions)]
+        write_jsonl(run.predictions, rows)
+    found = compare([one.path, other.path])
+    assert found.num_rows == 2
+    assert found.measured["one"].figures()["exact_match"] == 0.5
+
+
+def test_evaluations_on_other_rows_are_compared_by_their_name(tmp_path: Path) -> None:
+    runs = [run_with(tmp_path / name, ["wrong"] * 3) for name in ("one", "other")]
+    for run in runs:
+        elsewhere = run.evaluations / "receipts"
+        elsewhere.mkdir(parents=True)
+        rows = [row | {"adapter": "right"} for row in read_jsonl(run.predictions)]
+        write_jsonl(elsewhere / "predictions.jsonl", rows)
+    arguments = ["compare", *(str(run.path) for run in runs), "--name", "receipts", "--json"]
+    found = json.loads(CliRunner().invoke(app, arguments).stdout)
+    assert found["figures"]["one"] == {"exact_match": 1.0}
+    with pytest.raises(RunDirError, match=r"--data FILE --name elsewhere"):
+        compare([run.path for run in runs], name="elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (b"[1]", "predictions.jsonl:2: is no object"),
+        (b'{"where": "\xff"}', "predictions.jsonl:2: is not JSON"),
+        (b'{"where": "a:1", "question": "", "references": [], "base": ""}', "'adapter'"),
+    ],
+)
+def test_a_broken_line_of_answers_is_told_by_its_number(
+    line: bytes, told: str, tmp_path: Path
+) -> None:
+    one, other = (run_with(tmp_path / name, ["right"]) for name in ("one", "other"))
+    with other.predictions.open("ab") as file:
+        file.write(line + b"\n")
+    with pytest.raises(RunDirError, match=re.escape(told)):
+        compare([one.path, other.path])
+
+
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     one = run_with(tmp_path / "one", ["right"]).path
     other = run_with(tmp_path / "other", ["right"], file="elsewhere.jsonl").path
@@ -67,7 +110,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="judged on no row in common"):
         compare([one, other])
     (other / "evaluation" / "predictions.jsonl").unlink()
-    with pytest.raises(RunDirError, match="was not judged on held-out rows"):
+    with pytest.raises(RunDirError, match="holds no answers; get them with: finetune eval"):
         compare([one, other])
     with pytest.raises(RunDirError, match="no such run"):
         compare([one, tmp_path / "nowhere"])

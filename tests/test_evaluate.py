@@ -306,6 +306,8 @@ def test_the_base_is_judged_alone(made: RunDir) -> None:
         (evaluate.Asked(data=["nowhere.jsonl"]), DataError, r"nowhere\.jsonl"),
         (evaluate.Asked(metrics=["anl"]), RecipeError, "did you mean 'anls'"),
         (evaluate.Asked(settings=["training.seed=1"]), RecipeError, "only settings of evaluation"),
+        (evaluate.Asked(settings=["data.eval_seed=1"]), RecipeError, "trained ones among them"),
+        (evaluate.Asked(settings=["data.eval_fraction=0.5"]), RecipeError, "give other rows with"),
         (evaluate.Asked(name="../x"), RecipeError, "the name of one folder"),
     ],
 )
@@ -318,12 +320,47 @@ def test_what_cannot_be_asked_is_refused(
         evaluate.evaluate(made.path / "nowhere", console=QUIET)
 
 
+def test_figures_of_other_settings_are_not_written_over(made: RunDir) -> None:
+    asked = evaluate.Asked(metrics=["cer"], base_only=True, name="kept")
+    first = evaluate.evaluate(made.path, asked, console=QUIET)
+    again = evaluate.evaluate(made.path, asked, console=QUIET)
+    assert again.figures == first.figures
+    with pytest.raises(RecipeError, match="holds figures of other evaluation settings"):
+        evaluate.evaluate(made.path, replace(asked, metrics=["wer"]), console=QUIET)
+    assert "cer" in read_json(first.folder / "summary.json")["base"]
+
+
+def test_rows_as_long_as_are_allowed_are_asked_with_a_suffix(
+    nano_model: Any, encoder: Encoder, rows: list[Row]
+) -> None:
+    longest = max(len(encoder.encode(row).input_ids) for row in rows)
+    encoder = replace(encoder, max_tokens=longest)
+    suffix = "Give a very brief answer, in a word or two."
+    answers = ask(side_of(nano_model, encoder), held_out(rows, encoder), prompt_suffix=suffix)
+    assert len(answers) == len(rows)
+
+
+# The first process looks late at what is known, when the other could have answered already
+LATE = """
+import os, sys, time
+from finetune import asking
+from finetune.cli import main
+known = asking.KeptAnswers.known
+def late(self, side):
+    time.sleep(2 * (os.environ["RANK"] == "0"))
+    return known(self, side)
+asking.KeptAnswers.known = late
+main()
+"""
+
+
 @pytest.mark.slow
-def test_two_processes_write_what_one_does(made: RunDir) -> None:
+def test_two_processes_write_what_one_does(made: RunDir, tmp_path: Path) -> None:
+    (tmp_path / "late.py").write_text(LATE)
     evaluate.evaluate(made.path, console=QUIET)
     before = [made.summary.read_text(), made.predictions.read_text()]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--master_port", "29517", "-m", "finetune", "eval", str(made.path)]
+    command += ["--master_port", "29517", str(tmp_path / "late.py"), "eval", str(made.path)]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -452,9 +452,9 @@ def test_liger_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -
             "training": {"loss_kernel": "liger"},
         }
     )
-    monkeypatch.setattr("finetune.requirements.find_spec", lambda name: None)
+    monkeypatch.setattr("finetune.packages.find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=r"loss_kernel: liger.*pip install liger-kernel"):
         refuse_what_cannot_run(recipe, "it")
-    monkeypatch.setattr("finetune.requirements.find_spec", lambda name: name)
+    monkeypatch.setattr("finetune.packages.find_spec", lambda name: name)
     with pytest.raises(RecipeError, match=r"training\.loss_kernel: liger runs on a GPU only"):
         refuse_what_cannot_run(recipe, "it")

@@ -264,7 +264,7 @@ def test_a_saved_module_of_a_part_without_a_rate_is_refused_before_anything_is_w
 def test_an_optimizer_that_is_not_installed_is_named_with_what_to_install(
     dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("finetune.requirements.find_spec", lambda _name: None)
+    monkeypatch.setattr("finetune.packages.find_spec", lambda _name: None)
     for optimizer, package in (
         ("paged_adamw_8bit", "bitsandbytes"),
         ("stable_adamw", "torch-optimi"),

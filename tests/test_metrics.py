@@ -77,6 +77,7 @@ def test_contains(prediction: str, references: list[str], expected: float) -> No
         ("abcx", ["zzzz", "abcd"], 0.75),  # the nearest reference
         (COMPOSED, [DECOMPOSED], 1.0),
         (" abcd\n", ["abcd"], 1.0),
+        ("12  May", ["12 May"], 1.0),
     ],
 )
 def test_anls(prediction: str, references: list[str], expected: float) -> None:
@@ -301,6 +302,9 @@ def test_any_reference_may_be_near() -> None:
         ("3, yes, three", "3", 1),  # one number, said twice
         ("3 or 4", "3", 0),
         ("3,four", "4", 0),
+        ("2,3", "23", 0),  # no thousands
+        ("12,345,678", "12345678", 1),
+        ("9" * 400, "8" * 400, 0),
         ("4", "3", 0),
         ("1,000", "1000", 1),
         ("3.0", "3", 1),
@@ -337,7 +341,11 @@ def test_count(prediction: str, reference: str, expected: int) -> None:
         ("A", "A", 1),
         ("I say A", "A", 1),
         ("A man rides", "A", 1),
-        ("This is A man", "A", 0),  # an article
+        ("This is A man", "A", 1),  # an article, which is taken for the letter
+        ("The answer is A", "A", 1),
+        ("(I)", "I", 1),
+        ("J", "I", 0),
+        ("Hepatitis C", "Vitamin C", 0),
         ("b", "B", 0),
         ("", "B", 0),
         ("Cats", "B", 0),
@@ -451,6 +459,12 @@ FENCED = "```json\n%s\n```"
         ('{"a": "", "b": []}', "{}", (2, 2)),
         (RECEIPT, "{}", (0, 2)),
         ("12 ", "12", (2, 2)),  # as text
+        ("{}", '{"tax": 0}', (0, 1)),  # zero is no nothing
+        ('{"tax": 0}', '{"tax": "0"}', (2, 2)),
+        ('{"paid": true}', '{"paid": "true"}', (2, 2)),
+        ('{"paid": true}', '{"paid": false}', (0, 2)),
+        ('{"t": [[1, 2]]}', '{"t": [[3, 4]]}', (0, 4)),
+        ('{"t": ["x", {"n": "y"}]}', '{"t": ["x", {"n": "z"}]}', (2, 4)),
         ("13", "12", (0, 2)),
     ],
 )
@@ -598,6 +612,14 @@ def test_loss_is_by_token_and_perplexity_its_exponential() -> None:
 
 def of_rows(name: str, scores: Sequence[float]) -> Measured:
     return Measured({name: np.array([(score, 1) for score in scores], np.float64)})
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_loss_that_is_no_number_is_no_better(value: float) -> None:
+    good, broken = of_rows("loss", [2] * 20), of_rows("loss", [value] + [1] * 19)
+    assert broken.figures() == {}
+    assert broken.intervals() == {"loss": None}
+    assert differences(good, broken) == {"loss": {"interval": None, "verdict": "cannot tell"}}
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,6 @@ def test_what_cannot_be_scored_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     for path, metrics, error, told in cases:
         with pytest.raises(error, match=told):
             score(path, metrics)
-    monkeypatch.setattr("finetune.requirements.find_spec", lambda name: None)
+    monkeypatch.setattr("finetune.packages.find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=r"--metrics: cider: .* pip install pycocoevalcap"):
         score(good, ["cider"])

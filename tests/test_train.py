@@ -432,7 +432,7 @@ def test_a_model_folder_without_weights_is_refused_before_anything_is_written(
 def test_a_tracker_that_is_not_installed_is_named_with_what_to_install(
     dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("finetune.requirements.find_spec", lambda _name: None)
+    monkeypatch.setattr("finetune.packages.find_spec", lambda _name: None)
     with pytest.raises(RecipeError, match=r"output\.trackers: wandb.*pip install wandb"):
         train(str(dataset()), ["output.trackers=[wandb]"])
 

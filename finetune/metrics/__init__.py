@@ -1,5 +1,6 @@
 """Metrics by the names that recipes use: a figure over rows, a score a row, how sure they are."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -93,12 +94,15 @@ class Measured:
     columns: dict[str, np.ndarray]
 
     def figures(self) -> dict[str, float]:
-        """Over all rows; empty for no rows."""
-        return {
+        """Over all rows; empty for no rows. What is no finite number is left out: the loss of
+        weights that have diverged.
+        """
+        found = {
             name: float(METRICS[name].figure(columns.sum(0, keepdims=True))[0])
             for name, columns in self.columns.items()
             if len(columns)
         }
+        return {name: figure for name, figure in found.items() if math.isfinite(figure)}
 
     def scores(self) -> list[dict[str, float]]:
         """Of each row by itself."""
@@ -142,8 +146,8 @@ def lower_is_better(metric: str) -> bool:
 
 def differences(base: Measured, adapter: Measured) -> dict[str, dict[str, Any]]:
     """Of each metric that both have the `interval` of adapter - base, and the `verdict`: better,
-    worse, cannot tell, where the interval holds zero or fewer than six rows changed, or no change,
-    where none did.
+    worse, cannot tell, where there is no interval, it holds zero or fewer than six rows changed, or
+    no change, where none did.
     """
     found = {}
     for name in [name for name in base.columns if name in adapter.columns]:

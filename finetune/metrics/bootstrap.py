@@ -15,12 +15,13 @@ Interval = tuple[float, float]
 
 
 def interval(columns: np.ndarray, figure: Figure) -> Interval | None:
-    """Of a metric's columns by row [N, K]; None for fewer than two rows.
+    """Of a metric's columns by row [N, K]; None for fewer than two rows, or where a figure would be
+    no finite number.
 
     Rows are drawn anew with replacement, and the middle 95% kept (Efron 1979, percentiles). Where
     all rows score the same, it has no width.
     """
-    if len(columns) < 2:
+    if len(columns) < 2 or not np.isfinite(columns).all():
         return None
     drawn = [figure(counts @ columns) for counts in _draws(len(columns))]
     return _middle(np.concatenate(drawn))
@@ -28,7 +29,7 @@ def interval(columns: np.ndarray, figure: Figure) -> Interval | None:
 
 def paired_interval(base: np.ndarray, adapter: np.ndarray, figure: Figure) -> Interval | None:
     """Of the difference adapter - base, both asked the same rows [N, K], drawn together."""
-    if len(base) < 2:
+    if len(base) < 2 or not (np.isfinite(base).all() and np.isfinite(adapter).all()):
         return None
     drawn = [figure(counts @ adapter) - figure(counts @ base) for counts in _draws(len(base))]
     return _middle(np.concatenate(drawn))
@@ -43,6 +44,8 @@ def _draws(num_rows: int) -> Iterator[np.ndarray]:
         yield generator.multinomial(num_rows, np.full(num_rows, 1 / num_rows), size).astype(float)
 
 
-def _middle(drawn: np.ndarray) -> Interval:
+def _middle(drawn: np.ndarray) -> Interval | None:
+    if not np.isfinite(drawn).all():
+        return None
     low, high = np.quantile(drawn, (0.025, 0.975))
     return float(low), float(high)

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Sequence
+from decimal import Decimal
 
 TOLERANCE = 0.05
 
@@ -12,7 +13,10 @@ _WORDS = (
     *("nineteen", "twenty"),
 )
 _NUMBERS = {word: number for number, word in enumerate(_WORDS)}
-_NUMBER = re.compile(rf"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?!\w|[.,]\d)|\b(?:{'|'.join(_WORDS)})\b")
+_DIGITS = r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"
+_NUMBER = re.compile(
+    rf"(?<![\w.])(?<!\d,){_DIGITS}(?!\w|[.,]\d)|\b(?:{'|'.join(_WORDS)})\b", re.ASCII
+)
 
 
 def relaxed_accuracy(prediction: str, references: Sequence[str]) -> float:
@@ -41,16 +45,16 @@ def _number(text: str) -> float | None:
 
 def count(prediction: str, references: Sequence[str]) -> float:
     """1 where the answer names one number, in digits or as a word up to twenty, and it is that of a
-    reference; an answer with two different numbers is wrong.
+    reference; an answer with two different numbers is wrong. Commas part thousands.
     """
     said = _counted(prediction)
     return float(said is not None and said in map(_counted, references))
 
 
-def _counted(text: str) -> float | None:
+def _counted(text: str) -> Decimal | None:
     found = {_value(each) for each in _NUMBER.findall(text.lower())}
     return found.pop() if len(found) == 1 else None
 
 
-def _value(text: str) -> float:
-    return _NUMBERS[text] if text in _NUMBERS else float(text.replace(",", ""))
+def _value(text: str) -> Decimal:
+    return Decimal(_NUMBERS[text] if text in _NUMBERS else text.replace(",", ""))

@@ -55,6 +55,8 @@ def nted(prediction: str, references: Sequence[str]) -> float:
 
 
 def _tree_likeness(said: Any, wanted: Any) -> float:
+    if _tidy(said) == _tidy(wanted):
+        return 1.0
     reference = _tree(_tidy(wanted))
     whole = _distance(_tree({}), reference)
     distance = _distance(_tree(_tidy(said)), reference)
@@ -145,10 +147,10 @@ def _is_deep(value: Any) -> bool:
 
 
 def _tidy(value: Any) -> Any:
-    """As Donut compares: every value a list, of texts or of objects; what is empty is left out, and
-    keys stand in one order.
+    """As Donut compares: every value a list, of texts and objects; what is empty is left out, and
+    keys stand in one order. Zero, false and lists in lists, which Donut loses, count.
     """
-    if not value:
+    if value is None or (isinstance(value, str | list | dict) and not value):
         return {}
     if isinstance(value, dict):
         found = {}
@@ -158,8 +160,13 @@ def _tidy(value: Any) -> Any:
                 found[key] = inner if isinstance(inner, list) else [inner]
         return found
     if not isinstance(value, list):
-        return [str(value).strip()]
-    if all(isinstance(item, dict) for item in value):
-        return [tidied for item in value if (tidied := _tidy(item))]
-    texts = (str(item).strip() for item in value if type(item) in {str, int, float})
-    return [text for text in texts if text]
+        return [text] if (text := _text(value)) else {}
+    items = (_tidy(item) if isinstance(item, list | dict) else _text(item) for item in value)
+    return [item for item in items if item]
+
+
+def _text(value: Any) -> str:
+    """A value as JSON writes it, a text without quotes; empty for none."""
+    if value is None:
+        return ""
+    return value.strip() if isinstance(value, str) else json.dumps(value)

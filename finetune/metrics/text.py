@@ -28,16 +28,16 @@ def contains(prediction: str, references: Sequence[str]) -> float:
 
 def anls(prediction: str, references: Sequence[str]) -> float:
     """Normalised Levenshtein similarity to the nearest reference, without case; 0 where it is 0.5
-    or less.
+    or less. White space within counts as one space.
 
     Source: DocVQA's ANLS (arXiv 1907.00490, section 4): 1 - NL if NL < 0.5, NL the distance over
-    the longer length.
+    the longer length; white space as in the challenge's script.
     """
     return max((_similarity(prediction, reference) for reference in references), default=0.0)
 
 
 def _similarity(prediction: str, reference: str) -> float:
-    left, right = _plain(prediction).lower(), _plain(reference).lower()
+    left, right = (" ".join(_plain(text).lower().split()) for text in (prediction, reference))
     distance = Levenshtein.normalized_distance(left, right)  # 0 for two empty strings
     return 1 - distance if distance < 0.5 else 0.0
 

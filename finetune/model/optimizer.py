@@ -23,12 +23,6 @@ _PACKAGES = {
 }
 _PACKAGES_BY_START = {"galore": "galore_torch", "apollo": "apollo_torch", "sched": "schedulefree"}
 _IN_TORCH = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")
-PIP_NAMES = {
-    "galore_torch": "galore-torch",
-    "apollo_torch": "apollo-torch",
-    "lomo_optim": "lomo-optim",
-    "optimi": "torch-optimi",
-}
 
 
 def package_of(optimizer: str) -> str | None:
