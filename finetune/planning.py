@@ -72,11 +72,16 @@ class RowCosts:
         return {name: float(self.counts[name].mean()) for name in _COSTS}
 
     def typical(self, number: int) -> list[int]:
-        """Numbers of the rows nearest to the mean row in what makes them costly."""
+        """Numbers of rows that together cost about as much as so many mean ones: from the lightest
+        to the heaviest in even steps, or the one nearest to the mean.
+        """
         table = self._table()
-        scale = np.maximum(table.mean(axis=0), 1)
-        distance = np.abs(table / scale - table.mean(axis=0) / scale).sum(axis=1)
-        return self._first(np.argsort(distance, kind="stable"), number)
+        scaled = table / np.maximum(table.mean(axis=0), 1)
+        if number == 1:
+            return [int(np.abs(scaled - scaled.mean(axis=0)).sum(axis=1).argmin())]
+        order = np.argsort(scaled.sum(axis=1), kind="stable")
+        places = (np.arange(number) + 0.5) * len(order) / number
+        return order[places.astype(int)].tolist()
 
     def heaviest(self, limits: Limits) -> list[list[int]]:
         """Batches one of which is the heaviest that there can be, without those of the same tokens

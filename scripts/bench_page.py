@@ -9,6 +9,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from scripts.marked_page import fill, row, table
+
 Record = Mapping[str, Any]
 PARTS = ("model", "main", "items", "growth", "curves")
 PLOT = "performance.png"
@@ -23,12 +25,8 @@ def write_page(page: Path, records: Sequence[Record]) -> None:
         of_part = [record for record in records if record["part"] == part]
         if not of_part:
             continue
-        head, begin, rest = text.partition(f"<!-- measured: {part} -->\n")
-        _, end, tail = rest.partition(f"<!-- end: {part} -->\n")
-        assert begin, f"{page} has no marks for {part}"
-        assert end, f"{page} has no end of {part}"
         lines = [*section(of_part), "", *provenance(of_part), *failures(of_part)]
-        text = head + begin + "\n" + "\n".join(lines) + "\n" + end + tail
+        text = fill(text, part, lines)
         if part == "curves":
             draw_curves(of_part, page.parent / PLOT)
     page.write_text(text, encoding="utf-8")
@@ -40,7 +38,7 @@ def main_section(records: Sequence[Record]) -> Iterator[str]:
     yield from aims(paired)
     for name, of_set in _grouped(paired, lambda pair: pair[0]["name"]):
         yield from ("", f"### {name}", "")
-        yield from _table(
+        yield from table(
             "rows a batch",
             "trained",
             "samples/s, stock",
@@ -56,7 +54,7 @@ def main_section(records: Sequence[Record]) -> Iterator[str]:
         for batch_size, measured in _grouped(of_set, lambda pair: pair[0]["batch_size"]):
             stock, ours = zip(*measured, strict=True)
             memory = [mib(b) / mib(a) for a, b in measured]
-            yield _row(
+            yield row(
                 batch_size,
                 trained(ours),
                 f"{median(map(rate, stock)):.3f}",
@@ -70,9 +68,9 @@ def main_section(records: Sequence[Record]) -> Iterator[str]:
                 f"{median(each['peak_mib'] for each in ours):,.0f}",
             )
         yield from ("", "Computed, as a multiple of what the rows hold:", "")
-        yield from _table("rows a batch", "tokens, stock", "ours", "pixels, stock", "ours")
+        yield from table("rows a batch", "tokens, stock", "ours", "pixels, stock", "ours")
         for batch_size, measured in _grouped(of_set, lambda pair: pair[0]["batch_size"]):
-            yield _row(batch_size, *computed(measured))
+            yield row(batch_size, *computed(measured))
     yield from tensors(records)
 
 
@@ -87,12 +85,12 @@ def tensors(records: Sequence[Record]) -> Iterator[str]:
         "allocation: the resident set has in it what the C library keeps of freed ones, too."
     )
     yield ""
-    yield from _table("rows, and how many a batch", "MiB, stock", "ours", "ratio")
+    yield from table("rows, and how many a batch", "MiB, stock", "ours", "ratio")
     for stock, ours in held:
         sizes = stock["tensors_mib"], ours["tensors_mib"]
         ratio = f"{sizes[1] / sizes[0]:.2f}"
         name = f"{stock['name']}, {stock['batch_size']}"
-        yield _row(name, *(f"{size:,.0f}" for size in sizes), ratio)
+        yield row(name, *(f"{size:,.0f}" for size in sizes), ratio)
 
 
 def computed(measured: Sequence[tuple[Record, Record]]) -> Iterator[str]:
@@ -112,11 +110,11 @@ def aims(paired: Sequence[tuple[Record, Record]]) -> Iterator[str]:
     by_name = dict(_grouped(at_four, lambda pair: pair[0]["name"]))
     if not by_name:
         return
-    yield from _table("four rows a batch, against stock", "aim", "measured", "by CPU time")
+    yield from table("four rows a batch, against stock", "aim", "measured", "by CPU time")
     if measured := by_name.get("mixed"):
         ratios = [rate(b) / rate(a) for a, b in measured]
         memory = spread([mib(b) / mib(a) for a, b in measured])
-        yield _row(
+        yield row(
             "mixed pictures, a question each, first epoch",
             "4x at 1/3 of the training memory",
             f"{spread(ratios, 'x')} at {memory}",
@@ -128,19 +126,19 @@ def aims(paired: Sequence[tuple[Record, Record]]) -> Iterator[str]:
                 of_stock[stock["batch_size"]].append(stock)
         best = max(of_stock, key=lambda size: median(map(rate, of_stock[size])))
         fastest, on_cpu = (median(map(by, of_stock[best])) for by in (rate, cpu_rate))
-        yield _row(
+        yield row(
             f"the same, against stock at its own best batch size ({best})",
             "2.5x",
             spread([rate(b) / fastest for _, b in measured], "x"),
             spread([cpu_rate(b) / on_cpu for _, b in measured], "x"),
         )
-    for name, row, aim in (
+    for name, what, aim in (
         ("mixed, three epochs", "fewer of such rows, three epochs with the vision cache", "6x"),
         ("docvqa", "four questions a page", "10x"),
     ):
         if measured := by_name.get(name):
-            yield _row(
-                row,
+            yield row(
+                what,
                 aim,
                 spread([rate(b) / rate(a) for a, b in measured], "x"),
                 spread([cpu_rate(b) / cpu_rate(a) for a, b in measured], "x"),
@@ -156,7 +154,7 @@ def trained(measured: Sequence[Record]) -> str:
 
 def items_section(records: Sequence[Record]) -> Iterator[str]:
     """A row an item: with all others on, without it and with it."""
-    yield from _table(
+    yield from table(
         "item",
         "trained",
         "samples per CPU second, without",
@@ -172,7 +170,7 @@ def items_section(records: Sequence[Record]) -> Iterator[str]:
     paired = pairs(records, "off", "on")
     for name, measured in _grouped(paired, lambda pair: pair[0]["name"]):
         off, on = zip(*measured, strict=True)
-        yield _row(
+        yield row(
             name,
             trained(on),
             f"{median(map(cpu_rate, off)):.3f}",
@@ -190,11 +188,9 @@ def items_section(records: Sequence[Record]) -> Iterator[str]:
 
 def growth_section(records: Sequence[Record]) -> Iterator[str]:
     """A row a size, then the epochs."""
-    yield from _table(
-        "row", "s a row, stock", "ours", "ratio", "training memory MiB, stock", "ours"
-    )
+    yield from table("row", "s a row, stock", "ours", "ratio", "training memory MiB, stock", "ours")
     for stock, ours in pairs(records, "stock", "ours"):
-        yield _row(
+        yield row(
             stock["name"],
             f"{1 / rate(stock):.2f}",
             f"{1 / rate(ours):.2f}",
@@ -206,9 +202,9 @@ def growth_section(records: Sequence[Record]) -> Iterator[str]:
     if not epochs:
         return
     yield ""
-    yield from _table("epoch of", "CPU s to lay it out, in drawn order", "gathered, by cost")
+    yield from table("epoch of", "CPU s to lay it out, in drawn order", "gathered, by cost")
     for each in epochs:
-        yield _row(each["name"], f"{each['plain_seconds']:.3f}", f"{each['gathered_seconds']:.3f}")
+        yield row(each["name"], f"{each['plain_seconds']:.3f}", f"{each['gathered_seconds']:.3f}")
 
 
 def curves_section(records: Sequence[Record]) -> Iterator[str]:
@@ -308,12 +304,3 @@ def spread(values: Sequence[float], unit: str = "") -> str:
 def _grouped(items: Iterable[Any], key: Callable[[Any], Any]) -> Iterator[tuple[Any, list[Any]]]:
     """Neighbours of one key, as lists."""
     return ((name, list(group)) for name, group in groupby(items, key))
-
-
-def _table(*titles: str) -> Iterator[str]:
-    yield _row(*titles)
-    yield _row(*["---"] * len(titles))
-
-
-def _row(*cells: object) -> str:
-    return f"| {' | '.join(map(str, cells))} |"

@@ -150,8 +150,20 @@ def test_the_heaviest_batch_is_of_the_longest_rows_or_of_the_largest_views() -> 
     assert rows.heaviest(Limits(2)) == [[1, 0], [1, 2], [0, 3]]
     assert rows.heaviest(Limits(7))[0] == [1, 0, 2, 3, 4, 1, 0]
     assert rows.typical(1) == [4]  # of 30 tokens, which is the mean, and 100 of 360 pixels
-    # by distance of tokens and pixels, in shares of their means: 4, 2, 3, 1, 0, and from the start
-    assert rows.typical(7) == [4, 2, 3, 1, 0, 4, 2]
+    # by tokens and pixels, in shares of their means: 4, 2, 1, 0, 3
+    assert rows.typical(7) == [4, 2, 2, 1, 0, 0, 3]
+
+
+def test_of_rows_of_two_kinds_the_mean_batch_has_both() -> None:
+    """As with images.split: auto, where no row is like the mean one."""
+    counts = np.zeros(100, [("num_tokens", "i8"), ("num_view_pixels", "i8")])
+    counts["num_tokens"] = [40] * 75 + [360] * 25
+    counts["num_view_pixels"] = [3000] * 75 + [15000] * 25
+    rows = RowCosts([], counts, 100)
+    for number in (4, 8, 16):
+        chosen = counts[rows.typical(number)]
+        assert chosen["num_tokens"].mean() == counts["num_tokens"].mean()
+        assert chosen["num_view_pixels"].mean() == counts["num_view_pixels"].mean()
 
 
 def test_more_accumulation_holds_more_pixels(nano_recipe: Path) -> None:

@@ -46,7 +46,8 @@ SAME_SHAPE = {
     "chartqa": {"path": "chartqa/rows.json", "image_root": "chartqa/png"},
 }
 
-NAMES = [name for name in shipped_recipes() if name != "quickstart" and "nano/" not in name]
+OF_NANO = ("quickstart", "nano/", "findings/")
+NAMES = [name for name in shipped_recipes() if not name.startswith(OF_NANO)]
 each_recipe = pytest.mark.parametrize("name", NAMES)
 
 
