@@ -4,11 +4,11 @@ The floors of the house, lowest first. A module imports from its own line only w
 on that line, and from any line above it in this list; never from a line below.
 `tests/test_house.py` holds this order.
 
-    errors  patterns  packages
+    errors  patterns  packages  processes
     recipe.messages  recipe.syntax  recipe.files  recipe.fields  recipe.conflicts
     recipe.schema  recipe.loading
     recipe.copying
-    recipe  recipe.docs  rundir  hub
+    recipe  recipe.docs  rundir  checkpoints  hub
     data  data.signatures  data.truncation  data.pdf  data.downloads  data.pillow  data.images
     data.views  data.packed_views
     families.family  families.idefics2  families.idefics3  families.smolvlm
@@ -42,6 +42,7 @@ on that line, and from any line above it in this list; never from a line below.
     requirements  verifying  answering  serving  card  suites
     tables
     train  merge  serve  evaluate  push  chat  check  preview  convert  plan  score  compare
+    launch
     cli_deploy  cli_judge  cli
     __main__
 """

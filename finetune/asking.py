@@ -2,15 +2,12 @@
 over processes, and gone on with where an earlier attempt was broken off.
 """
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from rich.console import Console
 from rich.progress import Progress
@@ -21,6 +18,7 @@ from finetune.data.examples import Encoder
 from finetune.data.sources import Row
 from finetune.model.generate import generate_answers
 from finetune.model.loss import sum_losses
+from finetune.processes import process, wait_for_all
 from finetune.recipe import EvaluationSection
 from finetune.rundir import append_jsonl, read_jsonl
 from finetune.sides import Side
@@ -86,14 +84,6 @@ class KeptAnswers:
         return f"{side.key}:{self.question}"
 
 
-def process() -> tuple[int, int]:
-    """This process's number, and how many there are."""
-    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
-        return 0, 1
-    state = PartialState(cpu=not torch.cuda.is_available())
-    return state.process_index, state.num_processes
-
-
 def ask_rows(
     side: Side,
     asked: HeldOut,
@@ -108,9 +98,7 @@ def ask_rows(
     """
     rank, num_processes = process()
     found = kept.known(side) if kept else {}
-    if num_processes > 1:
-        # or one would read what another has answered by then, and share out other rows
-        PartialState().wait_for_everyone()
+    wait_for_all()  # or one would read what another has answered by then, and share out other rows
     encoder = with_room(side.encoder, settings.prompt_suffix)
     rows, num_tokens = asked.rows, asked.num_tokens
     left = [i for i in np.argsort(-num_tokens, kind="stable").tolist() if i not in found]

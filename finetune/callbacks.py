@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from finetune.environment import peak_memory_gib
 from finetune.errors import ModelError
 from finetune.metrics import title_of
+from finetune.processes import any_of_all, is_first, sum_of_all, wait_for_all
 from finetune.recipe import METRICS, EvaluationSection
 from finetune.resuming import out_of_patience
 from finetune.rundir import RunDir, read_jsonl, write_jsonl
@@ -34,15 +35,19 @@ class MetricsFile(TrainerCallback):
         self.trainer: Any = None  # set once the trainer exists; it counts the samples
         self._started = 0.0
         self._last = {"seconds": 0.0, "samples": 0}
+        self._samples_before = 0  # the process began, in the run
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock, and drop what an interrupted run wrote past the checkpoint that this one
         starts from.
         """
         kept = [line for line in read_jsonl(self.run.metrics) if line["step"] <= state.global_step]
-        write_jsonl(self.run.metrics, kept)
+        wait_for_all()  # all read before one writes
+        if is_first():
+            write_jsonl(self.run.metrics, kept)
         self._last = next((line for line in reversed(kept) if "samples" in line), self._last)
-        self.trainer.num_samples_seen = self._last["samples"]
+        self._samples_before = self._last["samples"]
+        self.trainer._total_train_tokens = self._last.get("num_tokens", 0)  # TRL's, from anew
         self._started = time.perf_counter() - self._last["seconds"]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -59,12 +64,13 @@ class MetricsFile(TrainerCallback):
         """A line for a logging step (`loss`) or an evaluation (`eval_loss`); the closing summary is
         not one.
         """
-        if not state.is_world_process_zero or not logs or not {"loss", "eval_loss"} & logs.keys():
+        if not logs or not {"loss", "eval_loss"} & logs.keys():
             return
         line = {"step": state.global_step, **logs}
         if "loss" in logs:
             seconds = time.perf_counter() - self._started - self.trainer.seconds_evaluated
-            samples = self.trainer.num_samples_seen
+            seen = sum_of_all(self.trainer.num_samples_seen, args.device)
+            samples = self._samples_before + seen
             elapsed = seconds - self._last["seconds"]
             line |= {
                 "seconds": round(seconds, 3),
@@ -73,6 +79,8 @@ class MetricsFile(TrainerCallback):
                 "peak_memory_gib": round(peak_memory_gib(), 3),
             }
             self._last = line
+        if not is_first():
+            return
         with self.run.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -171,32 +179,65 @@ class Patience(TrainerCallback):
             control.should_training_stop = True
 
 
+INTERRUPTED = 130
+"""Exit code of what SIGINT ended, as a shell expects it."""
+
+RESUME_ME = 75
+"""Exit code of a run that SIGTERM or SIGUSR1 ended, as job managers and spot machines send them: a
+temporary failure (EX_TEMPFAIL), to be started again with --resume.
+"""
+
+
 class StopOnSignal(TrainerCallback):
-    """SIGINT ends the run after the step at hand, with a checkpoint; a second one ends it at
-    once.
+    """SIGINT, SIGTERM and SIGUSR1 end a run after the step at hand, with a checkpoint; before and
+    after the steps at once. So does a second SIGINT.
+
+    The signals are taken over for as long as it is entered.
     """
 
     def __init__(self, console: Console):
         self.console = console
-        self.stopped = False
-        self._previous: Any = None
+        self.exit_code: int | None = None
+        """What the signal that came asks for."""
+        self._in_steps = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopOnSignal":
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take the signal over."""
-        self._previous = signal.signal(signal.SIGINT, self._on_signal)
+        """From now on there is something to save."""
+        self._in_steps = True
+        self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._on_signal)
 
-    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
-        self.stopped = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        self.console.print("stopping after this step and saving a checkpoint (again: stop at once)")
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if not self._in_steps:
+            self.console.print(f"stopped by {signal.Signals(number).name}; go on with --resume")
+            raise SystemExit(RESUME_ME)
+        self.exit_code = INTERRUPTED if number == signal.SIGINT else RESUME_ME
+        again = " (again: stop at once)" if number == signal.SIGINT else ""
+        if again:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.console.print(f"stopping after this step and saving a checkpoint{again}")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask the trainer for a checkpoint and the end."""
-        if self.stopped:
+        """Ask the trainer for a checkpoint and the end, in every process where one was told."""
+        if any_of_all(self.exit_code is not None, args.device):
+            self.exit_code = RESUME_ME if self.exit_code is None else self.exit_code
             control.should_log = True
             control.should_save = True
             control.should_training_stop = True
 
-    def release(self) -> None:
-        """Give the signal back."""
-        signal.signal(signal.SIGINT, self._previous or signal.default_int_handler)
+    def steps_are_over(self) -> None:
+        """Ctrl-C, and the other signals, end the run at once again."""
+        self._in_steps = False
+        if signal.SIGINT in self._previous:
+            signal.signal(
+                signal.SIGINT, self._previous.pop(signal.SIGINT) or signal.default_int_handler
+            )

@@ -7,6 +7,7 @@ import logging
 import os
 import shlex
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +17,8 @@ import typer
 from finetune.cli_deploy import RunFolder, deploy_app, run_folder
 from finetune.cli_judge import judge_app
 from finetune.errors import FinetuneError, RecipeError
+
+SPEAKS_AFTER_SECONDS = 5
 
 app = typer.Typer(
     name="finetune",
@@ -44,28 +47,54 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program t
 def train(
     recipe: RecipeName,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(help="Go on from the last checkpoint; with auto, begin where no run is."),
+    ] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace the run directory.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Check recipe and data; write nothing.")] = False,
     worst_first: Annotated[
         bool, typer.Option(help="Begin with the heaviest rows: fail in the first minute or never.")
     ] = False,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Train in so many processes, each on a device.")
+    ] = None,
 ) -> None:
     """Train an adapter, judge it on held-out rows, write the run directory."""
     if resume and overwrite:
         raise RecipeError("--resume and --overwrite exclude each other; give one of them")
+    # `--resume auto`: a flag takes no value, and no setting is called so
+    auto = resume and "auto" in (overrides or ())
+    overrides = [each for each in overrides or () if not (auto and each == "auto")]
     # What can be told without torch is told before its import takes its seconds
     from finetune.recipe import load_recipe
-    from finetune.rundir import check_run_dir
+    from finetune.rundir import RunDir, check_run_dir
 
     if recipe.startswith("hub://"):
         recipe = str(run_folder(recipe) / "recipe.yaml")
-    loaded = load_recipe(recipe, overrides or ())
-    if not dry_run:
+    loaded = load_recipe(recipe, overrides)
+    if auto:
+        resume = RunDir(loaded.output.dir).is_run()
+    rank, num_processes = (
+        int(os.environ.get(name) or n) for name, n in (("RANK", 0), ("WORLD_SIZE", 1))
+    )
+    if processes and num_processes not in (1, processes):
+        raise RecipeError(
+            f"--processes {processes}: {num_processes} are running already, started by a launcher; "
+            "leave it out"
+        )
+    if not dry_run and not rank:
         check_run_dir(loaded.output.dir, resume=resume, overwrite=overwrite)
+    if (processes or 1) > num_processes:
+        from finetune.launch import launch
+
+        flags = {"--resume": resume, "--overwrite": overwrite}
+        flags |= {"--dry-run": dry_run, "--worst-first": worst_first}
+        given = [flag for flag, is_set in flags.items() if is_set]
+        raise typer.Exit(launch(["train", recipe, *overrides, *given], processes or 1))
     from finetune.train import train as run_train
 
-    command = shlex.join([recipe, *(overrides or ())])
+    command = shlex.join([recipe, *overrides])
     raise typer.Exit(
         run_train(
             loaded,
@@ -273,7 +302,12 @@ def main() -> None:
     try:
         app()
     except FinetuneError as error:
-        print(f"error: {_message(error)}", file=sys.stderr)
+        rank = int(os.environ.get("RANK") or 0)
+        if rank:
+            # What all processes find, the first one says, and the launcher ends the others by then
+            time.sleep(SPEAKS_AFTER_SECONDS)
+        who = f"process {rank}: " if rank else ""
+        print(f"error: {who}{_message(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("stopped; a run that had begun goes on with --resume", file=sys.stderr)

@@ -42,14 +42,14 @@ def evaluate(
     if base and merged:
         raise RecipeError("--base and --merged exclude each other: --base asks nothing else")
     folder = run_folder(run)
-    from finetune.asking import process
     from finetune.evaluate import Asked
     from finetune.evaluate import evaluate as run_evaluate
+    from finetune.processes import is_first
     from finetune.tables import figures_table, results_console
 
     asked = Asked(data or (), suite, _named(metrics), base, merged, settings or (), name)
     done = run_evaluate(folder, asked)
-    if process()[0]:
+    if not is_first():
         return
     if as_json:
         print(json.dumps(done.figures))

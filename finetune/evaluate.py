@@ -8,13 +8,13 @@ from typing import Any
 
 from rich.console import Console
 
-from finetune.asking import process
 from finetune.errors import DataError, RecipeError
 from finetune.judging import judge
 from finetune.metrics import PACKAGES
 from finetune.model.load import quiet_libraries
 from finetune.packages import refuse_missing
 from finetune.preparation import PreparedRows, cache_of, load_encoder, prepare_held_out
+from finetune.processes import is_first
 from finetune.recipe import DataSource, Recipe, load_recipe
 from finetune.report import write_report
 from finetune.rundir import RunDir, open_run_dir, read_json, write_json
@@ -70,7 +70,7 @@ def evaluate(
     """
     asked = asked or Asked()
     console = console or messages_console()
-    if process()[0]:
+    if not is_first():
         console = Console(quiet=True)
     quiet_libraries()
     run, own = open_run_dir(path), asked.is_the_run_s_own()
@@ -91,7 +91,7 @@ def evaluate(
     judgement = judge(sides, held_out.to_ask(), recipe.evaluation, folder, partial, console)
     figures = judgement.figures()
     by_source = held_out.rows[: judgement.num_rows].num_of_sources()
-    if process()[0]:
+    if not is_first():
         return Evaluated(figures, folder, suite)
     if own:
         summary = read_json(run.summary) if run.summary.is_file() else {}

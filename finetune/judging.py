@@ -12,10 +12,11 @@ import numpy as np
 from rich.console import Console
 
 from data_formats.chat import Conversation
-from finetune.asking import Answer, HeldOut, KeptAnswers, ask_rows, process
+from finetune.asking import Answer, HeldOut, KeptAnswers, ask_rows
 from finetune.data.images import load_image
 from finetune.data.sources import Row
 from finetune.metrics import Measured, differences, measure
+from finetune.processes import is_first
 from finetune.recipe import EvaluationSection
 from finetune.rundir import PREDICTIONS, THUMBNAILS, replacing, write_jsonl
 from finetune.sides import Side
@@ -78,7 +79,7 @@ def judge(
         )
         for who, given in answers.items()
     }
-    if process()[0] == 0:
+    if is_first():
         _write(folder, rows, references, answers, measured)
         shutil.rmtree(partial, ignore_errors=True)
     return Judgement(measured, len(rows))

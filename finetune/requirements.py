@@ -1,7 +1,10 @@
 """What a recipe asks of this version, this machine and its packages, where it is not there."""
 
 import os
+from collections.abc import Sequence
+from pathlib import Path
 
+import psutil
 import torch
 
 from finetune.errors import RecipeError, summarise_problems
@@ -17,13 +20,9 @@ def refuse_what_cannot_run(recipe: Recipe, source: str) -> None:
 
     None of them is passed over in silence.
     """
+    refuse_a_lonely_launch()
     training, on_gpu = recipe.training, torch.cuda.is_available()
-    unbuilt = {
-        "several processes (WORLD_SIZE)": int(os.environ.get("WORLD_SIZE") or 1) > 1,
-    }
-    problems = [
-        f"{setting}: not available in this version" for setting, used in unbuilt.items() if used
-    ]
+    problems = []
     if recipe.model.dtype == "bfloat16" and on_gpu and not torch.cuda.is_bf16_supported():
         problems.append("model.dtype: bfloat16 is not computed by this GPU; set float16")
     if recipe.model.dtype == "float16" and not on_gpu and mixes_dtypes(recipe):
@@ -44,6 +43,34 @@ def refuse_what_cannot_run(recipe: Recipe, source: str) -> None:
     problems += missing(_packages(recipe))
     if problems:
         raise RecipeError(summarise_problems(source, problems))
+
+
+def refuse_a_lonely_launch() -> None:
+    """Raise `RecipeError` where several processes were asked of `accelerate launch`, and it started
+    one: as it does with `--cpu --num_processes 2` (accelerate 1.15, commands/launch.py).
+    """
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        return
+    parent = psutil.Process().parent()
+    asked = _num_processes_asked(parent.cmdline() if parent else [])
+    if asked > 1:
+        raise RecipeError(
+            f"accelerate launch was asked for {asked} processes and has started one; use finetune "
+            f"train RECIPE --processes {asked}, or ACCELERATE_USE_CPU=true torchrun "
+            f"--nproc_per_node {asked} -m finetune train RECIPE"
+        )
+
+
+def _num_processes_asked(words: Sequence[str]) -> int:
+    """Of `accelerate launch`, by its command line; 1 where it was not asked, or is not there."""
+    if not any(Path(word).name in ("accelerate", "accelerate-launch") for word in words):
+        return 1
+    pairs = [word.partition("=")[::2] for word in words]
+    for number, (name, value) in enumerate(pairs):
+        if name in ("--num_processes", "--num-processes"):
+            text = value or (words[number + 1] if number + 1 < len(words) else "")
+            return int(text) if text.isdigit() else 1
+    return 1
 
 
 def _packages(recipe: Recipe) -> dict[str, str]:

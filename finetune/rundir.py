@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 from finetune.errors import RunDirError
 
+_TEMPORARY = re.compile(r"\.(.+)\.\d+\.tmp")  # as `replacing` names what it writes
 PREDICTIONS = "predictions.jsonl"
 THUMBNAILS = "images"
 
@@ -43,21 +45,32 @@ class RunDir:
 
     def strangers(self) -> list[Path]:
         """What stands in the folder and is no part of a run."""
-        known = {path for path in vars(self).values() if path != self.path}
-        entries = self.path.iterdir() if self.path.is_dir() else ()
-        return sorted(entry for entry in entries if entry not in known)
+        return [entry for entry in self._entries() if self._name_of(entry) is None]
 
-    def last_checkpoint(self) -> Path | None:
-        """The newest `checkpoint-STEP` that was written to its end, or None.
+    def leftovers(self) -> list[Path]:
+        """What `replacing` was writing when its process was killed."""
+        return [
+            entry for entry in self._entries() if self._name_of(entry) not in (None, entry.name)
+        ]
 
-        The trainer writes `trainer_state.json` last, so its presence means that the rest is there.
-        """
-        steps = {
-            int(path.name.rpartition("-")[2]): path
-            for path in self.checkpoints.glob("checkpoint-*")
-            if path.name.rpartition("-")[2].isdigit() and (path / "trainer_state.json").is_file()
-        }
-        return steps[max(steps)] if steps else None
+    def is_barely_begun(self) -> bool:
+        """Whether a run was killed as it began: the recipe is written after the environment."""
+        known = {self._name_of(entry) for entry in self._entries()}
+        return (
+            bool(known)
+            and known <= {self.environment.name, self.recipe.name}
+            and (not self.recipe.is_file())
+        )
+
+    def _entries(self) -> list[Path]:
+        return sorted(self.path.iterdir()) if self.path.is_dir() else []
+
+    def _name_of(self, entry: Path) -> str | None:
+        """Of the part of a run that an entry is, or was to become; None for a stranger."""
+        temporary = _TEMPORARY.fullmatch(entry.name)
+        name = temporary[1] if temporary else entry.name
+        parts = (path.name for path in vars(self).values() if path != self.path)
+        return name if name in parts else None
 
 
 def check_run_dir(path: str | Path, *, resume: bool = False, overwrite: bool = False) -> RunDir:
@@ -69,7 +82,7 @@ def check_run_dir(path: str | Path, *, resume: bool = False, overwrite: bool = F
     run = RunDir(path)
     if run.path.exists() and not run.path.is_dir():
         raise RunDirError(f"{path}: is a file; set output.dir to a folder")
-    taken = run.path.is_dir() and any(run.path.iterdir())
+    taken = run.path.is_dir() and any(run.path.iterdir()) and not run.is_barely_begun()
     if resume and not run.is_run():
         raise RunDirError(f"{path}: nothing to resume: no run was begun there; omit --resume")
     if taken and not resume and not overwrite:
@@ -103,9 +116,9 @@ def create_run_dir(
             probe.write(b"0")
             probe.flush()
         _check_free_space(run, needed_bytes)
-        if overwrite and not resume:
-            for entry in run.path.iterdir():
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        emptied = run.path.iterdir() if overwrite and not resume else run.leftovers()
+        for entry in emptied:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     except OSError as error:
         if not was_there and run.path.is_dir():
             run.path.rmdir()

@@ -7,9 +7,8 @@ from typing import Any
 from rich.console import Console
 from transformers import set_seed
 
-from finetune.callbacks import (
-    StopOnSignal,
-)
+from finetune.callbacks import StopOnSignal
+from finetune.checkpoints import last_whole
 from finetune.data.sampling import was_worst_first
 from finetune.data_summary import data_summary
 from finetune.environment import environment, peak_memory_gib
@@ -30,6 +29,7 @@ from finetune.preparation import (
     cache_of,
     write_lists,
 )
+from finetune.processes import first_before_others, is_first, wait_for_all
 from finetune.recipe import Recipe, dump_recipe, recipe_warnings
 from finetune.report import write_report
 from finetune.requirements import refuse_what_cannot_run
@@ -53,8 +53,6 @@ from finetune.tables import (
 from finetune.trainer import read_stream_state
 from finetune.training import Prepared, answer_figures, epoch_batches, prepare, run_trainer
 
-INTERRUPTED = 130  # what a shell expects of a command that SIGINT ended
-
 
 def train(
     recipe: Recipe,
@@ -67,15 +65,16 @@ def train(
     console: Console | None = None,
     results: Console | None = None,
 ) -> int:
-    """Train, judge and report; the exit code.
+    """Train, judge and report; the exit code: 0, or that of the signal that ended it, when it goes
+    on with `resume`.
 
     `source` is what the user called the recipe, for messages. `worst_first` begins with the
     heaviest rows; a resumed run keeps the order that it was begun with. `console` takes progress
     and messages, `results` the table.
     Raises `FinetuneError` for what the user can mend, before anything is written.
     """
-    console = console or messages_console()
-    results = results or results_console()
+    console = (console or messages_console()) if is_first() else Console(quiet=True)
+    results = (results or results_console()) if is_first() else Console(quiet=True)
     quiet_libraries()
     for warning in recipe_warnings(recipe):
         console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
@@ -85,9 +84,10 @@ def train(
             f"{source}: --worst-first needs to know all rows before training, and streamed ones "
             "come later; leave it out, or data.train.0.streaming"
         )
-    if not dry_run:
+    if not dry_run and is_first():
         check_run_dir(recipe.output.dir, resume=resume, overwrite=overwrite)
-    prepared = prepare(recipe, console)
+    with first_before_others():
+        prepared = prepare(recipe, console)
     recipe = prepared.recipe
     if dry_run:
         if prepared.train:
@@ -100,15 +100,18 @@ def train(
         refuse_another_run(recipe, prepared.digest(), RunDir(recipe.output.dir))
         worst_first = was_worst_first(RunDir(recipe.output.dir), asked=worst_first)
     prepared = replace(prepared, worst_first=worst_first)
-    done = _train_and_save(prepared, resume, overwrite, console)
-    if done.stopped_at:
-        console.print(
-            f"stopped at step {done.stopped_at}; go on with: finetune train {source} --resume",
-            soft_wrap=True,
-        )
-        write_report(done.run)
-        return INTERRUPTED
-    _judge_and_report(prepared, done, console, results)
+    with StopOnSignal(console) as stop:
+        done = _train_and_save(prepared, resume, overwrite, stop, console)
+        if stop.exit_code is not None:
+            console.print(
+                f"stopped at step {done.stopped_at}; go on with: finetune train {source} --resume",
+                soft_wrap=True,
+            )
+            if is_first():
+                write_report(done.run)
+            wait_for_all()  # or the launcher ends the first when another has ended
+            return stop.exit_code
+        _judge_and_report(prepared, done, console, results)
     return 0
 
 
@@ -120,7 +123,7 @@ class Trained:
     trainable: int
     total: int
     stopped_at: str = ""
-    """Where a signal ended them."""
+    """The step that the trainer came to."""
     best_step: int | None = None
     """Where the weights are from, where the best evaluation's were taken."""
     num_streamed: dict[str, int] = field(default_factory=dict)
@@ -129,7 +132,9 @@ class Trained:
     """What is judged, where that is the trained model itself and not what was saved of it."""
 
 
-def _train_and_save(prepared: Prepared, resume: bool, overwrite: bool, console: Console) -> Trained:
+def _train_and_save(
+    prepared: Prepared, resume: bool, overwrite: bool, stop: StopOnSignal, console: Console
+) -> Trained:
     """Load the model, make the run directory, train and save.
 
     The model is let go of where it is not what is judged: two large ones may not fit.
@@ -139,46 +144,67 @@ def _train_and_save(prepared: Prepared, resume: bool, overwrite: bool, console: 
     set_seed(recipe.training.seed)  # the adapter's first weights are random
     so_far = RunDir(recipe.output.dir)
     pissa_file, is_pissa = pissa_start(so_far), recipe.adapter.method == "pissa"
+    go_on_from = None
     # a checkpoint is of use with its own start alone, so one whose start is lost is refused
-    has_start = pissa_file.is_file() or so_far.last_checkpoint() is not None
-    go_on_from = pissa_file if is_pissa and resume and has_start else None
+    if is_pissa and resume and (pissa_file.is_file() or last_whole(so_far.checkpoints)):
+        go_on_from = pissa_file
     model, _ = load_trainable(recipe, encoder.processor, go_on_from=go_on_from)
     stage_to_keep(model, recipe)  # refuses a cache of what changes, before there is a run
-    run = create_run_dir(
-        recipe.output.dir,
-        resume=resume,
-        overwrite=overwrite,
-        needed_bytes=_bytes_on_disk(model, recipe),
-    )
-    write_text(run.recipe, dump_recipe(recipe))
-    begun_with = {"rows_sha256": prepared.digest(), "worst_first": prepared.worst_first}
-    write_json(run.environment, environment() | begun_with)
-    parts = {"train": prepared.train, "eval": prepared.held_out}
-    write_json(run.data, data_summary(parts))
-    if not (resume and prepared.streams):  # a stream adds to the lists as it goes
-        write_lists(run.path, prepared.examinations())
-    if is_pissa and not go_on_from:
-        pissa.save_start(model, pissa_file)
+    run = RunDir(recipe.output.dir)
+    if is_first():
+        create_run_dir(
+            run.path,
+            resume=resume,
+            overwrite=overwrite,
+            needed_bytes=_bytes_on_disk(model, recipe),
+        )
+        _begin(prepared, run, resume)
+        if is_pissa and not go_on_from:
+            pissa.save_start(model, pissa_file)
+    wait_for_all()
     trainable, total = count_parameters(model)
     console.print(f"training {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
     done = Trained(run, trainable, total)
     if trainable:
-        done = _train(prepared, model, done, resume, console)
-    if done.stopped_at:
+        done = _train(prepared, model, done, resume, stop, console)
+    if stop.exit_code is not None:
         return done
-    with replacing(run.adapter) as folder:
-        start = pissa_file if is_pissa else None
-        save_trained(model, encoder.processor, recipe, folder, start=start)
+    if is_first():
+        with replacing(run.adapter) as folder:
+            start = pissa_file if is_pissa else None
+            save_trained(model, encoder.processor, recipe, folder, start=start)
+    wait_for_all()
     if is_adapter(recipe) and not is_pissa:
         done = replace(done, sides=sides_of_adapted(model, encoder, recipe, run.adapter))
     return done
 
 
+def _begin(prepared: Prepared, run: RunDir, resume: bool) -> None:
+    """Write what is known before the first step."""
+    begun_with = {"rows_sha256": prepared.digest(), "worst_first": prepared.worst_first}
+    write_json(run.environment, environment() | begun_with)
+    # after the environment: with both a run has begun
+    write_text(run.recipe, dump_recipe(prepared.recipe))
+    write_json(run.data, data_summary({"train": prepared.train, "eval": prepared.held_out}))
+    if not (resume and prepared.streams):  # a stream adds to the lists as it goes
+        write_lists(run.path, prepared.examinations())
+
+
 def _train(
-    prepared: Prepared, model: Any, done: Trained, resume: bool, console: Console
+    prepared: Prepared,
+    model: Any,
+    done: Trained,
+    resume: bool,
+    stop: StopOnSignal,
+    console: Console,
 ) -> Trained:
     """Take the steps, or those that are left after a checkpoint."""
-    checkpoint = done.run.last_checkpoint() if resume else None
+    checkpoint = None
+    if resume:
+        checkpoint = last_whole(
+            done.run.checkpoints,
+            lambda damage: console.print(f"warning: {damage}", style="yellow", soft_wrap=True),
+        )
     if resume:
         console.print(
             f"resuming from {checkpoint}" if checkpoint else "no checkpoint yet: starting over",
@@ -192,7 +218,6 @@ def _train(
         streamed = read_stream_state(checkpoint, 0)[1] if prepared.streams else {}
         step = best_step(checkpoint) if evaluation.load_best else None
         return replace(done, num_streamed=streamed, best_step=step)
-    stop = StopOnSignal(console)
     cache = cache_of(prepared.recipe.output.dir)
     figures = answer_figures(prepared, model)
     with keeping_features(model, prepared.encoder, prepared.recipe, cache, console) as encoder:
@@ -202,7 +227,7 @@ def _train(
     return replace(
         done,
         best_step=state.best_global_step if evaluation.load_best else None,
-        stopped_at=f"{state.global_step} of {state.max_steps}" if stop.stopped else "",
+        stopped_at=f"{state.global_step} of {state.max_steps}",
         num_streamed=trainer.num_streamed if prepared.streams else {},
     )
 
@@ -226,6 +251,8 @@ def _judge_and_report(
             run.partial,
             console,
         )
+    if not is_first():
+        return
     write_json(
         run.summary,
         _training_figures(run)

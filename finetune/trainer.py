@@ -1,6 +1,7 @@
 """TRL's `SFTTrainer` on our batches: only what changes, each with its reason."""
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -11,13 +12,16 @@ import numpy as np
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback
-from transformers.trainer_utils import seed_worker
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import rotate_checkpoints, seed_worker
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from finetune.data.collate import Collator
+from finetune.checkpoints import ASIDE, settle
+from finetune.data.collate import IGNORED_LABEL, Collator
 from finetune.data.examination import Finding
 from finetune.data.packed_views import PackedViews
 from finetune.data.sampling import EpochBatches
@@ -25,7 +29,11 @@ from finetune.data.sequences import Layout
 from finetune.data.streaming import ExampleStream, Position, StreamCollator
 from finetune.errors import RunDirError
 from finetune.metrics import lower_is_better
-from finetune.model.adapters import base_of, require_grad_on_language_inputs_only
+from finetune.model.adapters import (
+    base_of,
+    part_of_weight,
+    require_grad_on_language_inputs_only,
+)
 from finetune.model.compiling import compiled_layers
 from finetune.model.lora import add_in_place
 from finetune.model.loss import choose_loss_kernel, learn_from_labels, num_learnt
@@ -69,9 +77,10 @@ class VisionSFTTrainer(SFTTrainer):
         # The dataset holds row numbers, so that rows stay as they were read and TRL's own
         # preparation (which looks for images in the first row alone, and cuts at max_length) has
         # nothing to prepare.
-        numbers = Dataset.from_dict({"row": np.arange(num_rows)})
         held_out = (
-            numbers.select(range(num_train_rows, num_rows)) if num_rows > num_train_rows else None
+            held_out_rows(range(num_train_rows, num_rows), args)
+            if num_rows > num_train_rows
+            else None
         )
         self.num_samples_seen = 0
         self.seconds_evaluated = 0.0
@@ -81,6 +90,7 @@ class VisionSFTTrainer(SFTTrainer):
         self.num_streamed = {"taken": 0, "trained": 0, "left out": 0}
         self.recipe = recipe
         self.rates: dict[str, float] = {}
+        self._rng_checkpoint: Path | None = None
         self.answer_figures = answer_figures
         self._held_out = torch.zeros(2)  # loss, summed, and learnt tokens
         base = base_of(model)
@@ -95,7 +105,7 @@ class VisionSFTTrainer(SFTTrainer):
             # of a stream nothing is known beforehand, so TRL is shown a stand-in
             train_dataset=Dataset.from_dict({"row": [0]})
             if stream
-            else numbers.select(range(num_train_rows)),
+            else trained_rows(num_train_rows),
             eval_dataset=held_out,
             processing_class=collator.encoder.processor,
             callbacks=[*callbacks, WaitForFeatures(base)],
@@ -109,6 +119,12 @@ class VisionSFTTrainer(SFTTrainer):
             # TRL makes the adapters of a quantised base bfloat16, in which small steps are lost
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+        part_of = part_of_weight(base, collator.encoder.family)
+        self.seeing = [
+            parameter
+            for name, parameter in base.named_parameters()
+            if parameter.requires_grad and part_of(name) != "language"
+        ]
         if stream:
             stream.rank, stream.num_ranks = self.args.process_index, self.args.world_size
         self.remove_callback(PrinterCallback)  # standard output is for results
@@ -135,7 +151,12 @@ class VisionSFTTrainer(SFTTrainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """TRL's, with a rate for every group of weights beside `learning_rate`, where there are
         several, and without the figures that the loss kernel does not give.
+
+        A stream has no epochs: `epoch` is the share of the steps, in a resumed run, too, where the
+        stock one counts from anew.
         """
+        if self.stream:
+            self.state.epoch = self.state.global_step / self.state.max_steps
         if "learning_rate" in logs:
             logs |= {f"learning_rate/{name}": rate for name, rate in self.rates.items()}
         if self.loss_kernel == "liger":
@@ -200,6 +221,7 @@ class VisionSFTTrainer(SFTTrainer):
                 "resume with the same training.num_workers and as many devices"
             )
         self.stream.positions = positions
+        self._rng_checkpoint = checkpoint
 
     def _take_note(self, told: dict[str, Any], num_trained: int) -> None:
         assert self.stream
@@ -214,14 +236,50 @@ class VisionSFTTrainer(SFTTrainer):
         self.on_findings(told["findings"])
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """The stock one; what a stream needs to go on is written first, since the file that makes
-        a checkpoint whole comes last.
+        """The stock one, written aside and renamed when it is whole, with what a stream needs to go
+        on; older ones are deleted after that.
+
+        Raises `RunDirError` where it cannot be written; those before it stand.
         """
         self.settle()
-        if self.stream:
-            folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-            write_stream_state(folder, self.stream, self.args.process_index, self.num_streamed)
-        super()._save_checkpoint(*args, **kwargs)
+        run, name = Path(str(self.args.output_dir)), f"checkpoint-{self.state.global_step}"
+        aside, is_first = run / ASIDE, self.is_world_process_zero()
+        if is_first:
+            shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
+        self.accelerator.wait_for_everyone()
+        limit = self.args.save_total_limit
+        try:
+            self.args.output_dir, self.args.save_total_limit = str(aside), None
+            (aside / name).mkdir(parents=True, exist_ok=True)
+            if self.stream:
+                write_stream_state(
+                    aside / name, self.stream, self.args.process_index, self.num_streamed
+                )
+            super()._save_checkpoint(*args, **kwargs)
+            self.accelerator.wait_for_everyone()
+            if is_first:
+                self._settle_checkpoint(aside / name, run / name)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+                raise  # not of torch.save's, which words a full disk so
+            shutil.rmtree(aside, ignore_errors=True)
+            raise RunDirError(
+                f"{run / name}: cannot be written ({error}); the checkpoints before it stand: make "
+                "room or mend the folder, and go on with --resume"
+            ) from error
+        finally:
+            self.args.output_dir, self.args.save_total_limit = str(run), limit
+        if is_first:
+            rotate_checkpoints(str(run), limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    def _settle_checkpoint(self, written: Path, place: Path) -> None:
+        """Move it to its place, where its state knows the best one to be."""
+        best = place.with_name(f"checkpoint-{self.state.best_global_step}")
+        if self.state.best_global_step and (best == place or best.is_dir()):
+            self.state.best_model_checkpoint = str(best)
+        self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+        settle(written, place)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's; under `training.compile` with compiled layers, for as long as it lasts."""
@@ -260,13 +318,29 @@ class VisionSFTTrainer(SFTTrainer):
     def training_step(
         self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        """TRL's, and the samples are counted."""
+        """TRL's, and the samples of this process are counted."""
         layout = inputs.get("layout")
-        num_rows = layout.num_rows if layout else len(inputs["input_ids"])
+        is_learnt = (inputs["labels"] != IGNORED_LABEL).any(dim=1)  # an idle row is none
+        num_rows = layout.num_rows if layout and is_learnt.any() else int(is_learnt.sum())
+        if self._rng_checkpoint:
+            # the stock one has done so before the stream's loader drew from it
+            self._load_rng_state(str(self._rng_checkpoint))
+            self._rng_checkpoint = None
         if told := inputs.pop("stream", None):
             self._take_note(told, num_rows)
-        self.num_samples_seen += num_rows * self.args.world_size
+        self.num_samples_seen += num_rows
         return super().training_step(model, inputs, *args, **kwargs)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """TRL's; in several processes with a path of weight zero to all that is trained besides the
+        language model: where a process's batch shows no picture, or no layer asks for them, these
+        weights would have no gradient, and all processes wait for it.
+        """
+        found = super().compute_loss(model, inputs, *args, **kwargs)
+        if self.args.world_size == 1 or not self.seeing or not torch.is_grad_enabled():
+            return found
+        nothing = sum(weight.reshape(-1)[0].float() for weight in self.seeing) * 0.0
+        return (found[0] + nothing, *found[1:]) if isinstance(found, tuple) else found + nothing
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The stock one; and the loss is summed, of which it gives the mean over a batch."""
@@ -303,6 +377,26 @@ class VisionSFTTrainer(SFTTrainer):
         """Nothing: TRL would write an empty card beside every checkpoint; `push` makes one that
         says something.
         """
+
+
+def trained_rows(count: int) -> Dataset:
+    """Row numbers, and after them the idle one, see `EpochBatches.idle_row`."""
+    numbers = np.arange(count + 1)
+    return Dataset.from_dict({"row": numbers % count, "again": numbers == count})
+
+
+def held_out_rows(numbers: range, args: SFTConfig) -> Dataset:
+    """Row numbers, filled up with the last one `again` until every process has as many batches:
+    accelerate would fill up with the first ones, and the loss count them twice.
+    """
+    all_at_once = args.per_device_eval_batch_size * args.world_size
+    num_again = -len(numbers) % all_at_once if args.world_size > 1 else 0
+    return Dataset.from_dict(
+        {
+            "row": [*numbers, *[numbers[-1]] * num_again],
+            "again": [False] * len(numbers) + [True] * num_again,
+        }
+    )
 
 
 def tell_epoch_to_resumed(loader: DataLoader, batches: EpochBatches) -> None:
@@ -385,6 +479,8 @@ def training_arguments(recipe: Recipe, run: RunDir, *, num_eval_rows: int) -> SF
         # never persistent: a loading process knows the epoch, which draws what augmentation
         # changes, from its start alone. Batches are pinned where there is a GPU, by default.
         remove_unused_columns=False,
+        # what has no gradient in some batch is given one of zero, see compute_loss
+        ddp_find_unused_parameters=False,
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,  # nothing is ever cut; rows over data.max_tokens were dealt with before
         report_to=list(recipe.output.trackers) or "none",

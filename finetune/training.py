@@ -149,7 +149,7 @@ def run_trainer(
     finally:
         trainer.settle()
         display.close()  # or the terminal is left without a cursor
-        stop.release()
+        stop.steps_are_over()
     return trainer
 
 

@@ -263,8 +263,8 @@ def test_every_batch_is_arranged_once_also_at_the_end(
 def test_batches_of_most_rows_are_halved_until_there_are_enough() -> None:
     batches = Batches(np.arange(10), np.array([0, 5, 6, 9]))
     assert split_until(batches, 4).lists() == [[0, 1, 2, 3, 4], [5], [6, 7, 8], [9]]
-    assert split_until(batches, 6).lists() == [[0, 1], [2], [3, 4], [5], [6, 7, 8], [9]]
-    assert split_until(batches, 7).lists()[4:6] == [[6, 7], [8]]
+    assert split_until(batches, 6).lists() == [[0, 1, 2], [3, 4], [5], [6, 7], [8], [9]]
+    assert split_until(batches, 7).lists()[:2] == [[0, 1], [2]]
     assert len(split_until(batches, 99)) == 10
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import RunDirError
-from finetune.rundir import RunDir, read_jsonl, replacing, write_jsonl, write_text
+from finetune.rundir import RunDir, create_run_dir, read_jsonl, replacing, write_jsonl, write_text
 
 
 def test_what_fails_half_way_leaves_the_old_file(tmp_path: Path) -> None:
@@ -45,14 +45,30 @@ def test_a_line_that_was_being_written_does_not_count(tmp_path: Path) -> None:
         read_jsonl(file)
 
 
-def test_the_last_whole_checkpoint_is_the_one_to_resume_from(tmp_path: Path) -> None:
+def test_what_a_killed_process_was_writing_is_no_stranger_and_goes_with_a_resume(
+    tmp_path: Path,
+) -> None:
     run = RunDir(tmp_path)
-    assert run.last_checkpoint() is None
-    for step, is_whole in ((90, True), (100, True), (110, False)):
-        folder = run.checkpoints / f"checkpoint-{step}"
-        folder.mkdir(parents=True)
-        if is_whole:
-            (folder / "trainer_state.json").touch()
-    last = run.last_checkpoint()
-    assert last is not None
-    assert last.name == "checkpoint-100"  # neither the newest, nor the last in alphabetical order
+    for file in (run.recipe, run.environment):
+        file.write_text("")
+    (tmp_path / ".adapter.123.tmp").mkdir()
+    (tmp_path / ".metrics.jsonl.9.tmp").write_text("")
+    assert run.strangers() == []
+    create_run_dir(tmp_path, resume=True)
+    assert {entry.name for entry in tmp_path.iterdir()} == {"recipe.yaml", "environment.json"}
+    (tmp_path / ".notes.123.tmp").write_text("mine")
+    assert [entry.name for entry in run.strangers()] == [".notes.123.tmp"]
+
+
+def test_a_run_killed_as_it_began_is_begun_again_and_a_recipe_of_the_user_is_left(
+    tmp_path: Path,
+) -> None:
+    run = RunDir(tmp_path)
+    run.environment.write_text("{}")
+    (tmp_path / ".recipe.yaml.7.tmp").write_text("half")
+    create_run_dir(tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["environment.json"]
+    run.environment.unlink()
+    run.recipe.write_text("the user's own")
+    with pytest.raises(RunDirError, match="already holds"):
+        create_run_dir(tmp_path)

@@ -207,7 +207,7 @@ def stream_recipe(dataset: Callable[..., Path], **training: Any) -> Path:
 def test_a_streamed_run_resumed_ends_as_an_unbroken_one(
     dataset: Callable[..., Path], tmp_path: Path
 ) -> None:
-    recipe = load_recipe(stream_recipe(dataset), ["data.bad_rows=skip", "adapter.dropout=0"])
+    recipe = load_recipe(stream_recipe(dataset), ["data.bad_rows=skip", "adapter.dropout=0.2"])
     lines = (tmp_path / "train.jsonl").read_text().splitlines()
     lines[5] = "{"
     (tmp_path / "train.jsonl").write_text("\n".join(lines))

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from finetune.checkpoints import last_whole
 from finetune.cli import main
 from finetune.errors import DataError, FinetuneError, ModelError, RecipeError, RunDirError
 from finetune.recipe import load_recipe
@@ -274,8 +275,11 @@ def test_brackets_in_questions_are_printed_as_they_are(
     assert shlex.quote("Read [/b] and :cat: 'now'") in printed
 
 
-def test_an_interrupt_saves_a_checkpoint_and_says_how_to_go_on(
-    dataset: Callable[..., Path], tmp_path: Path
+@pytest.mark.parametrize(
+    ("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)]
+)
+def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(
+    dataset: Callable[..., Path], tmp_path: Path, number: int, exit_code: int
 ) -> None:
     recipe = dataset(training={"max_steps": 3000, "save_steps": 1000, "num_workers": 1})
     process = subprocess.Popen(
@@ -289,11 +293,11 @@ def test_an_interrupt_saves_a_checkpoint_and_says_how_to_go_on(
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (metrics.is_file() and len(read_whole(metrics)) > 2):
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the loading process gets it, too
+    os.killpg(process.pid, number)  # as terminals and jobs do: the loading process gets it, too
     _, messages = process.communicate(timeout=60)
-    assert process.returncode == 130, messages
+    assert process.returncode == exit_code, messages
     assert "'adapter.parts=[language,connector]' --resume" in messages
-    checkpoint = RunDir(tmp_path / "run").last_checkpoint()
+    checkpoint = last_whole(tmp_path / "run" / "checkpoints")
     assert checkpoint is not None
     assert int(checkpoint.name.rpartition("-")[2]) < 3000
     run = RunDir(tmp_path / "run")

@@ -166,24 +166,24 @@ def _fill(
 
 
 def split_until(batches: Batches, num_batches: int) -> Batches:
-    """So many batches: those of the most rows are halved, again and again, the earlier first. Fewer
-    where every row is alone.
+    """So many batches: those of the most rows are halved, again and again, the later first, so
+    that the steps before them stay as they are. Fewer where every row is alone.
     """
     missing = num_batches - len(batches)
     if missing <= 0:
         return batches
     starts = batches.starts.tolist()
     ends = [*starts, len(batches.rows)][1:]
-    heap = [(start - end, start, end) for start, end in zip(starts, ends, strict=True)]
+    heap = [(start - end, -start, end) for start, end in zip(starts, ends, strict=True)]
     heapq.heapify(heap)
     for _ in range(missing):
         if not heap or heap[0][0] == -1:
             break
-        _, start, end = heapq.heappop(heap)
-        middle = (start + end + 1) // 2
-        heapq.heappush(heap, (start - middle, start, middle))
-        heapq.heappush(heap, (middle - end, middle, end))
-    return Batches(batches.rows, np.sort(np.array([start for _, start, _ in heap], np.int64)))
+        _, later, end = heapq.heappop(heap)
+        middle = (end - later + 1) // 2
+        heapq.heappush(heap, (-later - middle, later, middle))
+        heapq.heappush(heap, (middle - end, -middle, end))
+    return Batches(batches.rows, np.sort(np.array([-start for _, start, _ in heap], np.int64)))
 
 
 def num_batches_window(accumulation: int, num_processes: int) -> int:

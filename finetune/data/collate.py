@@ -19,6 +19,7 @@ from finetune.errors import DataError
 from finetune.families.family import Family
 
 IGNORED_LABEL = -100  # what torch's cross-entropy and TRL's fused head both leave out
+GRACE_SECONDS = 60  # that a loading process goes on for after SIGTERM
 
 
 def collate(
@@ -108,11 +109,14 @@ def refuse_token_mismatch(example: Example, processor: Any, family: Family) -> N
 
 
 def leave_interrupts_to_the_main_process() -> None:
-    """In a loading process: Ctrl-C reaches every process of the terminal, but the main one stops in
-    good order, and needs its loaders until then.
+    """In a loading process: signals reach every process of a terminal or a job, but the main one
+    stops in good order, and needs its loaders until then. SIGTERM, by which torch ends a loader
+    that does not end by itself, still does after a while.
     """
     if get_worker_info() is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SECONDS))
 
 
 class Collator:
@@ -140,8 +144,8 @@ class Collator:
         self.num_train_rows = len(rows) if num_train_rows is None else num_train_rows
 
     def __call__(self, features: Sequence[dict[str, int]]) -> dict[str, Any]:
-        """A batch of the rows whose numbers are given as `row`. Raises `DataError`, naming the
-        row.
+        """A batch of the rows whose numbers are given as `row`; nothing is learnt from one that is
+        there `again`. Raises `DataError`, naming the row.
         """
         leave_interrupts_to_the_main_process()
         encoder, examples = self.encoder, []
@@ -155,13 +159,17 @@ class Collator:
                     f"{row.where}: {error} (it was checked, and changed since then)"
                 ) from error
         is_trained = all(feature["row"] < self.num_train_rows for feature in features)
-        return collate(
+        batch = collate(
             examples,
             encoder.processor,
             encoder.family,
             packed_vision=encoder.packed_vision,
             layouting=encoder.layouting if is_trained else None,
         )
+        for number, feature in enumerate(features):
+            if feature.get("again"):
+                batch["labels"][number] = IGNORED_LABEL
+        return batch
 
     def _draws(self, row: int) -> Draws | None:
         if not self.augmentation or row >= self.num_train_rows:

@@ -157,7 +157,15 @@ class EpochBatches(Sampler[list[int]]):
             costs = cost(tokens, patches) if len(batches) else np.zeros(0)
             order = arrange(costs, batching.accumulation, batching.num_processes, rng)
             batches = batches.in_order(order)
-        return first + batches.lists()
+        found = first + batches.lists()
+        return found + [[self.idle_row]] * (len(self) - len(found))
+
+    @property
+    def idle_row(self) -> int:
+        """The number after all rows': of one that nothing is learnt from, for processes that are
+        left without a row in an epoch's last step.
+        """
+        return sum(count for count, _ in self.sampler.spans)
 
     @cached_property
     def _num_batches(self) -> int:
@@ -172,8 +180,7 @@ class EpochBatches(Sampler[list[int]]):
                 epochs = math.ceil(batching.epochs or 1)
             most = max([most, *map(self._num_before_even, range(1, epochs))])
         # or accelerate fills up with batches of the epoch's beginning, and rows come twice
-        even = math.ceil(most / batching.num_processes) * batching.num_processes
-        return even if even <= len(self.sampler) else most
+        return math.ceil(most / batching.num_processes) * batching.num_processes
 
     def _num_before_even(self, epoch: int) -> int:
         first, batches = self._cut(epoch, self._rng(epoch))

@@ -1,0 +1,61 @@
+"""This process among those that work on one run together, as torchrun starts them."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+def process() -> tuple[int, int]:
+    """This process's number, and how many there are."""
+    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
+        return 0, 1
+    state = _state()
+    return state.process_index, state.num_processes
+
+
+def is_first() -> bool:
+    """Whether this is the one process that writes and prints."""
+    return process()[0] == 0
+
+
+def wait_for_all() -> None:
+    """Until every process has come here."""
+    if process()[1] > 1:
+        _state().wait_for_everyone()
+
+
+@contextmanager
+def first_before_others() -> Iterator[None]:
+    """The block is run by the first process, then by the others, which find what it kept."""
+    if process()[1] == 1:
+        yield
+        return
+    with _state().main_process_first():
+        yield
+
+
+def any_of_all(flag: bool, device: torch.device) -> bool:
+    """Whether it is true in one process at least; all have to ask."""
+    if process()[1] == 1:
+        return flag
+    told = torch.tensor(int(flag), device=device)
+    torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
+    return bool(told)
+
+
+def sum_of_all(number: int, device: torch.device) -> int:
+    """Over all processes; all have to ask."""
+    if process()[1] == 1:
+        return number
+    told = torch.tensor(number, device=device)
+    torch.distributed.all_reduce(told)
+    return int(told)
+
+
+def _state() -> Any:
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.cuda.is_available())

@@ -1,0 +1,246 @@
+"""Kill runs at random moments and go on with them: do they end as one that was never killed?
+
+    python -m scripts.kill_test                    # 50 kills; about ten minutes
+    python -m scripts.kill_test --kills 6
+
+Small runs of nano, of rows read beforehand, packed, and streamed. Each is killed (SIGKILL, loading
+processes and all) once at a random moment, some on purpose while a checkpoint is written or
+held-out rows are answered, and gone on with until it ends. Then the adapter's bytes, the log
+without its clock, and the answers must be those of the run that nobody killed. Exit code 1 where
+they are not.
+"""
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+
+from finetune.checkpoints import ASIDE, last_whole
+from finetune.recipe import Recipe, load_recipe
+from finetune.recipe.files import recipes_dir
+from finetune.rundir import RunDir, read_jsonl
+from finetune.train import train
+from scripts.marked_page import row, table
+
+STEPS, SAVE_EVERY, ASK_EVERY = 12, 3, 4
+ROWS = {"train": 40, "eval": 6}
+CLOCK = {
+    *("seconds", "samples_per_second", "peak_memory_gib"),
+    *("eval_runtime", "eval_samples_per_second", "eval_steps_per_second"),
+}
+
+KINDS: dict[str, dict[str, Any]] = {
+    "read beforehand": {},
+    "packed": {"training.packing": True},
+    "streamed": {"data.train.0.streaming": True},
+}
+AIMS = ("anywhere", "anywhere", "anywhere", "checkpoint", "evaluation")
+"""What is killed, turn by turn: any moment of a run, or one of a certain kind."""
+
+
+@dataclass(frozen=True)
+class Kill:
+    """One, and what became of the run."""
+
+    kind: str
+    after_seconds: float
+    moment: str
+    went_on_from: str
+    difference: str
+    """What is not as in the unbroken run; empty for nothing."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line, kill, print a table; the exit code."""
+    parser = argparse.ArgumentParser(description="Kill runs and see that they end the same.")
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    kills = []
+    print("\n".join(table("", "run", "killed after", "while", "went on from", "ended")), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for number, kill in enumerate(kill_runs(Path(folder), args.kills, args.seed), start=1):
+            kills.append(kill)
+            ended = kill.difference or "the same"
+            seconds = f"{kill.after_seconds:.2f} s"
+            print(
+                row(number, kill.kind, seconds, kill.moment, kill.went_on_from, ended), flush=True
+            )
+    num_same = sum(not kill.difference for kill in kills)
+    print(f"\n{num_same} of {len(kills)} ended as the run that was not killed")
+    return int(num_same < len(kills))
+
+
+def kill_runs(folder: Path, num_kills: int, seed: int) -> Iterator[Kill]:
+    """Runs of every kind in turn, all in `folder`."""
+    rng = random.Random(seed)
+    unbroken, seconds = {}, {}
+    for kind in KINDS:
+        started = time.monotonic()
+        recipe = recipe_of(kind, folder, "unbroken")
+        assert in_own_process(lambda recipe=recipe: train(recipe, **quiet()))() == 0
+        seconds[kind] = time.monotonic() - started
+        unbroken[kind] = RunDir(recipe.output.dir)
+    for number in range(num_kills):
+        kind = list(KINDS)[number % len(KINDS)]
+        aim = AIMS[number // len(KINDS) % len(AIMS)]
+        recipe = recipe_of(kind, folder, "killed")
+        run = RunDir(recipe.output.dir)
+        shutil.rmtree(run.path, ignore_errors=True)
+        started = time.monotonic()
+        stop = in_own_process(lambda recipe=recipe: train(recipe, **quiet()))
+        wait_for(aim, run, rng, seconds[kind])
+        finished = stop(kill=True) is not None
+        after, moment = time.monotonic() - started, "after its end" if finished else moment_of(run)
+        whole = last_whole(run.checkpoints)
+        if not finished:
+            begun = run.is_run()
+            go_on = in_own_process(lambda r=recipe, b=begun: train(r, resume=b, **quiet()))
+            assert go_on() == 0, f"{kind}: did not go on"
+        from_ = whole.name if whole and not finished else "its beginning"
+        yield Kill(kind, after, moment, from_, difference(run, unbroken[kind]))
+
+
+def recipe_of(kind: str, folder: Path, name: str) -> Recipe:
+    """A run of some seconds on some rows of the quickstart."""
+    data = folder / "data"
+    if not data.is_dir():
+        shutil.copytree(recipes_dir() / "quickstart", data)
+        for part, count in ROWS.items():
+            lines = (data / f"{part}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+            (data / f"{part}.jsonl").write_text("".join(lines[:count]), encoding="utf-8")
+    settings = {
+        "data.train.0.path": str(data / "train.jsonl"),
+        "data.eval.0.path": str(data / "eval.jsonl"),
+        "output.dir": str(folder / f"{name}-{kind.replace(' ', '-')}"),
+        "adapter.dropout": 0.2,
+        "data.random_upscale": 1.5,
+        "training.max_steps": STEPS,
+        "training.batch_size": 2,
+        "training.gradient_accumulation": 2,
+        "training.logging_steps": 2,
+        "training.save_steps": SAVE_EVERY,
+        "training.num_workers": 1,
+        "evaluation.every_steps": ASK_EVERY,
+        "evaluation.rows_in_training": 4,
+        "evaluation.max_new_tokens": 16,
+        **KINDS[kind],
+    }
+    changes = [
+        f"{key}={yaml.safe_dump(value).removesuffix('...' + chr(10)).strip()}"
+        for key, value in settings.items()
+    ]
+    return load_recipe("quickstart", changes)
+
+
+def quiet() -> dict[str, Any]:
+    """So that the table alone is printed."""
+    return {"console": Console(quiet=True), "results": Console(quiet=True)}
+
+
+def in_own_process(work: Callable[[], int]) -> Callable[..., int | None]:
+    """Begin work in a process of its own, with a copy of all that is imported here; gives what
+    waits for its exit code, or, with `kill`, ends it and all that it started, and gives the code
+    only where it had ended before.
+    """
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()
+        code = 1
+        try:
+            code = work()
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+
+    def end(kill: bool = False) -> int | None:
+        if kill:
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                return os.waitstatus_to_exitcode(status)
+            os.killpg(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+        return None if kill else os.waitstatus_to_exitcode(status)
+
+    return end
+
+
+def wait_for(aim: str, run: RunDir, rng: random.Random, seconds: float) -> None:
+    """Until a random moment of a run that takes so long, or within what is aimed at, if it
+    comes.
+    """
+    deadline = time.monotonic() + rng.random() * seconds
+    if aim == "anywhere":
+        time.sleep(max(0.0, deadline - time.monotonic()))
+        return
+    earliest = rng.choice((SAVE_EVERY, 2 * SAVE_EVERY, 3 * SAVE_EVERY))
+    last = time.monotonic() + 2 * seconds
+    while time.monotonic() < last and not run.summary.is_file():
+        if aim == "evaluation" and run.partial.is_dir():
+            time.sleep(rng.random() * 0.3)
+            return
+        if aim == "checkpoint" and any(
+            int(path.name.rpartition("-")[2]) >= earliest
+            for path in (run.checkpoints / ASIDE).glob("checkpoint-*")
+        ):
+            time.sleep(rng.random() * 0.02)
+            return
+        time.sleep(0.001)
+
+
+def moment_of(run: RunDir) -> str:
+    """What a killed run was doing, by what it left."""
+    if run.adapter.is_dir():
+        return "held-out rows were answered"
+    if any((run.checkpoints / ASIDE).glob("checkpoint-*")):
+        return "a checkpoint was written"
+    lines = read_jsonl(run.metrics)
+    if not lines:
+        return "the run began"
+    step = max(line["step"] for line in lines)
+    asked = [line["step"] for line in lines if "eval_loss" in line]
+    if step % ASK_EVERY == 0 and step not in asked:
+        return f"step {step} was evaluated"
+    return f"steps went on after {step}"
+
+
+def first_difference(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> str:
+    """Where two logs part."""
+    for one, other in zip(ours, theirs, strict=False):
+        for key in one.keys() | other.keys():
+            if one.get(key) != other.get(key):
+                return f"step {one['step']}, {key}: {one.get(key)} and {other.get(key)}"
+    return f"{len(ours)} and {len(theirs)} lines"
+
+
+def difference(run: RunDir, unbroken: RunDir) -> str:
+    """What of a run is not as in the other; empty for nothing."""
+    logs = [
+        [{key: line[key] for key in line if key not in CLOCK} for line in read_jsonl(each.metrics)]
+        for each in (run, unbroken)
+    ]
+    if logs[0] != logs[1]:
+        return f"with another log ({first_difference(*logs)})"
+    weights = "adapter_model.safetensors"
+    if (run.adapter / weights).read_bytes() != (unbroken.adapter / weights).read_bytes():
+        return "with another adapter"
+    if run.predictions.read_bytes() != unbroken.predictions.read_bytes():
+        return "with other answers"
+    return ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
