@@ -14,7 +14,8 @@ import pytest
 from safetensors.torch import load_file
 
 from finetune.errors import RecipeError
-from finetune.requirements import refuse_a_lonely_launch
+from finetune.recipe import load_recipe
+from finetune.requirements import refuse_a_lonely_launch, refuse_what_cannot_run
 from finetune.rundir import RunDir, read_json, read_jsonl
 from tests.conftest import chat_row, noise, write_rows
 
@@ -146,6 +147,33 @@ def test_a_signal_ends_all_processes_with_a_checkpoint(
     (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("checkpoint-*")
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     assert 0 < state["global_step"] < 3000
+
+
+@pytest.mark.parametrize(
+    ("variable", "setting", "told"),
+    [
+        ("ACCELERATE_USE_FSDP", "training.seed=0", "FSDP is not available"),
+        ("ACCELERATE_USE_DEEPSPEED", "training.seed=0", "DEEPSPEED is not available"),
+        (
+            "ACCELERATE_USE_CPU",
+            "training.vision_cache=1GiB",
+            "training.vision_cache: not available",
+        ),
+    ],
+)
+def test_what_several_processes_cannot_do_is_refused(
+    dataset: Callable[..., Path],
+    variable: str,
+    setting: str,
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = load_recipe(dataset(), [setting])
+    monkeypatch.setenv(variable, "true")
+    refuse_what_cannot_run(recipe, "mine.yaml")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RecipeError, match=told):
+        refuse_what_cannot_run(recipe, "mine.yaml")
 
 
 @pytest.mark.parametrize(
