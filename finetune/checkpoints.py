@@ -58,6 +58,17 @@ def last_whole(
     return None
 
 
+def drop_newer(checkpoints: Path, kept: Path | None) -> None:
+    """Delete what stands of checkpoints after the one that a run goes on from, all of them damaged:
+    they would count as its newest.
+    """
+    last = int(kept.name.rpartition("-")[2]) if kept else -1
+    for path in checkpoints.glob("checkpoint-*"):
+        step = path.name.rpartition("-")[2]
+        if step.isdigit() and int(step) > last:
+            shutil.rmtree(path)
+
+
 def fault_of(checkpoint: Path) -> str | None:
     """What of a checkpoint is not as it was written; None for nothing."""
     try:

@@ -2,6 +2,7 @@
 answers at once.
 """
 
+import errno
 import json
 import logging
 import os
@@ -63,9 +64,10 @@ def train(
     """Train an adapter, judge it on held-out rows, write the run directory."""
     if resume and overwrite:
         raise RecipeError("--resume and --overwrite exclude each other; give one of them")
-    # `--resume auto`: a flag takes no value, and no setting is called so
-    auto = resume and "auto" in (overrides or ())
-    overrides = [each for each in overrides or () if not (auto and each == "auto")]
+    # `--resume auto`: a flag takes no value, and neither a setting nor a recipe is called so
+    words = [recipe, *(overrides or ())]
+    auto = resume and "auto" in words[:2] + words[-1:]
+    recipe, *overrides = [each for each in words if not (auto and each == "auto")] or words
     # What can be told without torch is told before its import takes its seconds
     from finetune.recipe import load_recipe
     from finetune.rundir import RunDir, check_run_dir
@@ -92,7 +94,10 @@ def train(
         flags |= {"--dry-run": dry_run, "--worst-first": worst_first}
         given = [flag for flag, is_set in flags.items() if is_set]
         raise typer.Exit(launch(["train", recipe, *overrides, *given], processes or 1))
+    from finetune.launch import end_with_the_launcher
     from finetune.train import train as run_train
+
+    end_with_the_launcher()
 
     command = shlex.join([recipe, *overrides])
     raise typer.Exit(
@@ -304,8 +309,7 @@ def main() -> None:
     except FinetuneError as error:
         rank = int(os.environ.get("RANK") or 0)
         if rank:
-            # What all processes find, the first one says, and the launcher ends the others by then
-            time.sleep(SPEAKS_AFTER_SECONDS)
+            _let_others_speak()  # what all processes find, the first one says
         who = f"process {rank}: " if rank else ""
         print(f"error: {who}{_message(error)}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -320,12 +324,22 @@ def main() -> None:
             # from the system, or in the words of the libraries that write weights
             print(f"error: the disk is full ({error}); make room, then --resume", file=sys.stderr)
             raise SystemExit(2) from None
+        if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES):
+            print(f"error: {error}; mend the folder, then --resume", file=sys.stderr)
+            raise SystemExit(2) from None
+        if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+            _let_others_speak()  # most often of one that was lost, and says why
         traceback.print_exc()
         print(
             "error: this is a fault of finetune itself; please report it with the lines above",
             file=sys.stderr,
         )
         raise SystemExit(1) from None
+
+
+def _let_others_speak() -> None:
+    """Wait; of several processes the launcher ends all when one has."""
+    time.sleep(SPEAKS_AFTER_SECONDS)
 
 
 def _message(error: FinetuneError) -> str:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -58,4 +59,5 @@ def sum_of_all(number: int, device: torch.device) -> int:
 def _state() -> Any:
     from accelerate import PartialState
 
-    return PartialState(cpu=not torch.cuda.is_available())
+    # the others wait while the first checks the rows, of which there may be many
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=4))

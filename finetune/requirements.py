@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -52,6 +53,8 @@ def _not_for_several(recipe: Recipe) -> Iterator[str]:
     for engine in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{engine}") == "true":
             yield f"{engine} is not available in this version; start the processes without it"
+    if any(source.streaming for source in recipe.data.train):
+        yield "data.train: streaming is not available in several processes; leave it out"
     if recipe.training.vision_cache_bytes:
         yield "training.vision_cache: not available in several processes; set it to off"
 
@@ -62,8 +65,11 @@ def refuse_a_lonely_launch() -> None:
     """
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         return
-    parent = psutil.Process().parent()
-    asked = _num_processes_asked(parent.cmdline() if parent else [])
+    words: list[str] = []
+    with suppress(psutil.Error):
+        parent = psutil.Process().parent()
+        words = parent.cmdline() if parent else []
+    asked = _num_processes_asked(words)
     if asked > 1:
         raise RecipeError(
             f"accelerate launch was asked for {asked} processes and has started one; use finetune "

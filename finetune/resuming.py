@@ -1,6 +1,6 @@
 """Whether a run may go on: with the recipe and the rows that it was begun with."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,19 @@ def refuse_another_run(recipe: Recipe, rows_sha256: str, run: RunDir) -> None:
         raise RunDirError(
             f"{run.path}: was begun with other settings ({', '.join(changed)}); "
             "resume with the same ones, or start a new run in another output.dir"
+        )
+
+
+def other_processes(run: RunDir, num_processes: int) -> Iterator[str]:
+    """What is then not as in a run that was not broken off, where it was begun in another number of
+    processes.
+    """
+    begun = read_json(run.environment).get("num_processes", 1)
+    if begun != num_processes:
+        yield (
+            f"{run.path} was begun in {begun} processes and goes on in {num_processes}: steps have "
+            "other rows from here on, some rows of this epoch come twice or not at all, and the "
+            "adapter is not bit-equal to that of an unbroken run"
         )
 
 

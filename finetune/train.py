@@ -8,7 +8,7 @@ from rich.console import Console
 from transformers import set_seed
 
 from finetune.callbacks import StopOnSignal
-from finetune.checkpoints import last_whole
+from finetune.checkpoints import drop_newer, last_whole
 from finetune.data.sampling import was_worst_first
 from finetune.data_summary import data_summary
 from finetune.environment import environment, peak_memory_gib
@@ -29,11 +29,17 @@ from finetune.preparation import (
     cache_of,
     write_lists,
 )
-from finetune.processes import first_before_others, is_first, wait_for_all
+from finetune.processes import first_before_others, is_first, process, wait_for_all
 from finetune.recipe import Recipe, dump_recipe, recipe_warnings
 from finetune.report import write_report
 from finetune.requirements import refuse_what_cannot_run
-from finetune.resuming import best_checkpoint, best_step, is_finished, refuse_another_run
+from finetune.resuming import (
+    best_checkpoint,
+    best_step,
+    is_finished,
+    other_processes,
+    refuse_another_run,
+)
 from finetune.rundir import (
     RunDir,
     check_run_dir,
@@ -86,25 +92,30 @@ def train(
         )
     if not dry_run and is_first():
         check_run_dir(recipe.output.dir, resume=resume, overwrite=overwrite)
-    with first_before_others():
-        prepared = prepare(recipe, console)
-    recipe = prepared.recipe
-    if dry_run:
-        if prepared.train:
-            batches = epoch_batches(prepared)
-            results.print(dry_run_table(recipe, prepared.train, batches, prepared.num_held_out))
-        else:
-            results.print("dry run: nothing was written; streamed rows are checked as they come")
-        return 0
-    if resume:
-        refuse_another_run(recipe, prepared.digest(), RunDir(recipe.output.dir))
-        worst_first = was_worst_first(RunDir(recipe.output.dir), asked=worst_first)
-    prepared = replace(prepared, worst_first=worst_first)
     with StopOnSignal(console) as stop:
+        with first_before_others():
+            prepared = prepare(recipe, console)
+        recipe = prepared.recipe
+        if dry_run:
+            if prepared.train:
+                batches = epoch_batches(prepared)
+                results.print(dry_run_table(recipe, prepared.train, batches, prepared.num_held_out))
+            else:
+                results.print(
+                    "dry run: nothing was written; streamed rows are checked as they come"
+                )
+            return 0
+        if resume:
+            refuse_another_run(recipe, prepared.digest(), RunDir(recipe.output.dir))
+            worst_first = was_worst_first(RunDir(recipe.output.dir), asked=worst_first)
+            for warning in other_processes(RunDir(recipe.output.dir), process()[1]):
+                console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
+        prepared = replace(prepared, worst_first=worst_first)
         done = _train_and_save(prepared, resume, overwrite, stop, console)
         if stop.exit_code is not None:
             console.print(
-                f"stopped at step {done.stopped_at}; go on with: finetune train {source} --resume",
+                f"stopped at step {done.stopped_at}; go on with: finetune train {source} --resume"
+                + (f" --processes {process()[1]}" if process()[1] > 1 else ""),
                 soft_wrap=True,
             )
             if is_first():
@@ -181,7 +192,11 @@ def _train_and_save(
 
 def _begin(prepared: Prepared, run: RunDir, resume: bool) -> None:
     """Write what is known before the first step."""
-    begun_with = {"rows_sha256": prepared.digest(), "worst_first": prepared.worst_first}
+    begun_with = {
+        "rows_sha256": prepared.digest(),
+        "worst_first": prepared.worst_first,
+        "num_processes": process()[1],
+    }
     write_json(run.environment, environment() | begun_with)
     # after the environment: with both a run has begun
     write_text(run.recipe, dump_recipe(prepared.recipe))
@@ -205,6 +220,9 @@ def _train(
             done.run.checkpoints,
             lambda damage: console.print(f"warning: {damage}", style="yellow", soft_wrap=True),
         )
+        wait_for_all()
+        if is_first():
+            drop_newer(done.run.checkpoints, checkpoint)
     if resume:
         console.print(
             f"resuming from {checkpoint}" if checkpoint else "no checkpoint yet: starting over",

@@ -257,8 +257,10 @@ class VisionSFTTrainer(SFTTrainer):
                 )
             super()._save_checkpoint(*args, **kwargs)
             self.accelerator.wait_for_everyone()
+            self._know_the_best(run)
             if is_first:
-                self._settle_checkpoint(aside / name, run / name)
+                self.state.save_to_json(str(aside / name / TRAINER_STATE_NAME))
+                settle(aside / name, run / name)
         except (OSError, RuntimeError, SafetensorError) as error:
             if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
                 raise  # not of torch.save's, which words a full disk so
@@ -273,13 +275,12 @@ class VisionSFTTrainer(SFTTrainer):
             rotate_checkpoints(str(run), limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 
-    def _settle_checkpoint(self, written: Path, place: Path) -> None:
-        """Move it to its place, where its state knows the best one to be."""
-        best = place.with_name(f"checkpoint-{self.state.best_global_step}")
-        if self.state.best_global_step and (best == place or best.is_dir()):
+    def _know_the_best(self, run: Path) -> None:
+        """Where the best checkpoint will be, which the stock method has looked for aside."""
+        step = self.state.best_global_step
+        best = run / f"checkpoint-{step}"
+        if step and (step == self.state.global_step or best.is_dir()):
             self.state.best_model_checkpoint = str(best)
-        self.state.save_to_json(str(written / TRAINER_STATE_NAME))
-        settle(written, place)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's; under `training.compile` with compiled layers, for as long as it lasts."""

@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,16 +45,19 @@ STARTS = {"3": "2-autoregressive", "5": READER, "6": READER}
 
 @dataclass(frozen=True)
 class Job:
-    """A command whose result is `made` in the end; where that is there, nothing is left to do."""
+    """A command whose result is `made` in the end; where that is there, and `is_current`, nothing
+    is left to do.
+    """
 
     command: Sequence[str]
     made: Path
+    is_current: Callable[[], bool] = lambda: True
 
     def run(self) -> None:
         """Run it, with what it prints in a file beside its result. Raises `SystemExit` where it
         fails.
         """
-        if self.made.is_file():
+        if self.made.is_file() and self.is_current():
             return
         log = self.made.parent.with_suffix(".log")
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -92,11 +95,26 @@ def make_models(seed: int) -> None:
 
 def run_job(recipe: str, seed: int) -> Job:
     """`finetune train` of a recipe as it is shipped, from and into the folder of a seed."""
-    folder = ROOT / f"seed-{seed}"
-    model = read_recipe(recipe)["model"]["name"].replace("seed-0", f"seed-{seed}")
-    settings = [f"model.name={model}", f"training.seed={seed}", f"output.dir={folder / recipe}"]
+    settings = settings_of(recipe, seed)
     command = [sys.executable, "-m", "finetune", "train", f"findings/{recipe}", *settings]
-    return Job([*command, "--overwrite"], folder / recipe / "summary.json")
+    run = RunDir(ROOT / f"seed-{seed}" / recipe)
+
+    def is_current() -> bool:
+        stored = load_recipe(run.recipe, check_paths=False)
+        now = load_recipe(f"findings/{recipe}", settings)
+        return stored.model_dump(exclude={"images"}) == now.model_dump(exclude={"images"}) and all(
+            getattr(stored.images, key) == value
+            for key, value in now.images.model_dump(exclude_none=True).items()
+        )
+
+    return Job([*command, "--overwrite"], run.summary, is_current)
+
+
+def settings_of(recipe: str, seed: int) -> list[str]:
+    """What of a recipe is another for a seed."""
+    folder = ROOT / f"seed-{seed}"
+    model = read_recipe(recipe)["model"]["name"].replace("seed-0", folder.name)
+    return [f"model.name={model}", f"training.seed={seed}", f"output.dir={folder / recipe}"]
 
 
 def merge_job(seed: int) -> Job:
@@ -166,9 +184,10 @@ def record(run: RunDir, *, recipe: str, seed: int) -> dict[str, Any]:
     }
 
 
-def flops_a_row(name: str) -> float:
+def flops_a_row(name: str, seed: int) -> float:
     """Arithmetic of training a row of a recipe, forward and backward, by `finetune plan`."""
-    planned = plan(load_recipe(f"findings/{name}"), console=Console(quiet=True)).plan
+    recipe = load_recipe(f"findings/{name}", settings_of(name, seed))
+    planned = plan(recipe, console=Console(quiet=True)).plan
     return planned.flops_per_step / planned.rows_per_step
 
 
@@ -185,6 +204,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, metavar="N")
     parser.add_argument("--out", type=Path, default=Path("docs/findings.md"))
     args = parser.parse_args(argv)
+    if not args.out.is_file():
+        parser.error(
+            f"--out {args.out}: no such file; copy docs/findings.md there, whose text it is"
+        )
     began = time.monotonic()
     if args.prepare:
         prepare([0])
@@ -195,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = Results(args.out.with_suffix(".json"))
     results.drop([{"recipe": name, "seed": seed} for name in names for seed in args.seeds])
     for name in names:
-        shared = {"flops_a_row": flops_a_row(name), "machine": machine(AT_ONCE)}
+        shared = {"flops_a_row": flops_a_row(name, args.seeds[0]), "machine": machine(AT_ONCE)}
         for seed in args.seeds:
             run = RunDir(ROOT / f"seed-{seed}" / name)
             results.add(record(run, recipe=name, seed=seed) | shared)

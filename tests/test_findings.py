@@ -24,8 +24,8 @@ from scripts.findings_page import (
     MARGIN,
     Claim,
     difference,
+    judged,
     num_spikes,
-    verdict,
     write_page,
 )
 
@@ -106,24 +106,38 @@ def runs(recipe: str, shares: Sequence[float], *, num_rows: int = 400) -> list[d
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "little_lost", "expected"),
+    ("first", "second", "kind", "expected"),
     [
-        ((0.6, 0.7, 0.6), (0.4, 0.5, 0.4), False, "agrees"),
-        ((0.4, 0.5, 0.4), (0.6, 0.7, 0.6), False, "disagrees"),
-        ((0.9, 0.9, 0.4), (0.5, 0.5, 0.5), False, "cannot tell"),  # one seed points elsewhere
-        ((0.1, 0.1, 0.6), (0.5, 0.5, 0.5), False, "cannot tell"),
-        ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), False, "cannot tell"),
-        ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), True, "agrees"),
-        ((0.6, 0.6, 0.6), (0.5, 0.5, 0.5), True, "agrees"),
-        ((0.3, 0.3, 0.3), (0.5, 0.5, 0.5), True, "disagrees"),
-        ((0.45, 0.45, 0.45), (0.5, 0.5, 0.5), True, "cannot tell"),
+        ((0.6, 0.7, 0.6), (0.4, 0.5, 0.4), "higher", "agrees"),
+        ((0.4, 0.5, 0.4), (0.6, 0.7, 0.6), "higher", "disagrees"),
+        ((0.9, 0.9, 0.4), (0.5, 0.5, 0.5), "higher", "cannot tell"),  # one seed points elsewhere
+        ((0.1, 0.1, 0.6), (0.5, 0.5, 0.5), "higher", "cannot tell"),
+        ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "higher", "cannot tell"),
+        ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "little lost", "agrees"),
+        ((0.6, 0.6, 0.6), (0.5, 0.5, 0.5), "little lost", "agrees"),
+        ((0.3, 0.3, 0.3), (0.5, 0.5, 0.5), "little lost", "disagrees"),
+        ((0.45, 0.45, 0.45), (0.5, 0.5, 0.5), "little lost", "cannot tell"),
+        ((0.56, 0.56, 0.42), (0.5, 0.5, 0.5), "little lost", "cannot tell"),  # one seed lost more
     ],
 )
 def test_a_verdict_needs_the_interval_and_every_seed(
-    first: Sequence[float], second: Sequence[float], little_lost: bool, expected: str
+    first: Sequence[float], second: Sequence[float], kind: Any, expected: str
 ) -> None:
-    claim = Claim("", "a", "b", little_lost)
-    assert verdict(claim, difference(runs("a", first), runs("b", second))) == expected
+    assert judged(Claim("", "a", "b", kind), runs("a", first), runs("b", second))[1] == expected
+
+
+@pytest.mark.parametrize(
+    ("spiking", "expected"), [((0, 1, 2), "agrees"), ((0, 1), "cannot tell"), ((), "cannot tell")]
+)
+def test_a_steadier_loss_has_fewer_spikes_in_every_seed(
+    spiking: Sequence[int], expected: str
+) -> None:
+    calm, wild = runs("a", (0.5,) * 3), runs("b", (0.5,) * 3)
+    for seed in spiking:
+        wild[seed]["losses"][4][1] = 9.0
+    claim = Claim("", "a", "b", "steadier")
+    assert judged(claim, calm, wild)[1] == expected
+    assert judged(claim, wild, calm)[1] == {"agrees": "disagrees"}.get(expected, expected)
 
 
 def test_a_difference_is_of_the_same_seeds_and_rows() -> None:
@@ -138,6 +152,7 @@ def test_a_spike_is_a_loss_of_twice_those_before() -> None:
     losses = [1.0, 1.0, 1.0, 1.0, 1.0, 1.9, 2.1, 1.0, 1.0]
     assert num_spikes(list(enumerate(losses))) == 1
     assert num_spikes(list(enumerate([9.0, 1.0]))) == 0
+    assert num_spikes(list(enumerate([0.5, 1.2, 1.3]))) == 2  # as it begins, too
 
 
 def test_the_page_tells_each_finding_and_leaves_out_what_was_not_run(tmp_path: Path) -> None:
@@ -159,6 +174,7 @@ def test_the_page_tells_each_finding_and_leaves_out_what_was_not_run(tmp_path: P
     fast = runs("3-lora-fast", (0.6,) * 3) + runs("3-full-fast", (0.2,) * 3)
     write_page(page, records + fast, {})
     assert page.read_text().count("**agrees**") == 6  # three claims, in the summary and below
+    assert page.read_text().count("0 spikes against 0") == 4
 
 
 # Jobs

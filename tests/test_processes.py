@@ -51,8 +51,11 @@ def figures(run: RunDir) -> list[dict[str, Any]]:
 def test_two_processes_with_half_the_batch_each_train_as_one_with_all_of_it(
     dataset: Callable[..., Path], tmp_path: Path
 ) -> None:
-    training = {"max_steps": 6, "batch_size": 2, "logging_steps": 1, "save_steps": 3}
-    recipe = dataset(num_train=10, num_eval=3, adapter={"dropout": 0.0}, training=training)
+    training = {"max_steps": 6, "batch_size": 2, "logging_steps": 1, "save_steps": 2}
+    choice = {"load_best": True, "rows_in_training": 0}
+    recipe = dataset(
+        num_train=9, num_eval=3, adapter={"dropout": 0.0}, training=training, evaluation=choice
+    )
     one, two = RunDir(tmp_path / "one"), RunDir(tmp_path / "two")
     alone = run(*FINETUNE, "train", str(recipe), f"output.dir={one.path}", "training.batch_size=4")
     assert alone.returncode == 0, alone.stderr
@@ -159,6 +162,7 @@ def test_a_signal_ends_all_processes_with_a_checkpoint(
             "training.vision_cache=1GiB",
             "training.vision_cache: not available",
         ),
+        ("ACCELERATE_USE_CPU", "data.train.0.streaming=true", "streaming is not available"),
     ],
 )
 def test_what_several_processes_cannot_do_is_refused(

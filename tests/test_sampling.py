@@ -342,3 +342,16 @@ def test_one_group_cannot_be_parted() -> None:
         DataError, match=r"groups of up to 3 leave nothing .*; name data.eval instead"
     ):
         hold_out(*keyed([[5], [5], [5]]), 0.5, seed=0)
+
+
+@pytest.mark.parametrize("num_rows", range(1, 14))
+def test_steps_of_two_processes_have_the_rows_of_one_with_all_of_the_batch(num_rows: int) -> None:
+    """The last one, too, with an idle row where there are too few."""
+    sampler = EpochSampler([(num_rows, 1.0)], 3)
+    two = EpochBatches(sampler, Batching(Limits(2), num_processes=2))
+    batches = two.of_epoch(0)
+    assert len(batches) == len(two)
+    assert len(batches) % 2 == 0
+    steps = [batches[i] + batches[i + 1] for i in range(0, len(batches), 2)]
+    trained = [[row for row in step if row != two.idle_row] for step in steps]
+    assert trained == EpochBatches(sampler, Batching(Limits(4))).of_epoch(0)

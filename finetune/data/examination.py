@@ -342,7 +342,10 @@ def _start_worker(work: _Work) -> None:
     # Rows make many short-lived objects, and every full collection would go through the libraries'
     # hundreds of thousands: a third of the time
     gc.freeze()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+    # These are the main process's to handle; SIGTERM is what ends a pool
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _do(method: str, task: Any) -> Any:

@@ -149,7 +149,7 @@ class EpochBatches(Sampler[list[int]]):
         """The batches of an epoch, in their order."""
         rng = self._rng(epoch)
         first, batches = self._cut(epoch, rng)
-        batches = split_until(batches, len(self) - len(first))
+        batches = self._filled_up(batches, len(self) - len(first))
         first = _split_lists(first, len(self) - len(batches))
         batching = self.batching
         if batching.by_cost and self.sizes:
@@ -159,6 +159,22 @@ class EpochBatches(Sampler[list[int]]):
             batches = batches.in_order(order)
         found = first + batches.lists()
         return found + [[self.idle_row]] * (len(self) - len(found))
+
+    def _filled_up(self, batches: Batches, number: int) -> Batches:
+        """So many batches, or fewer where rows are alone: those of the last step are halved, where
+        this is enough, so that the steps before it are as in one process.
+        """
+        num_processes = self.batching.num_processes
+        num_last = len(batches) % num_processes
+        is_enough = num_last and number - len(batches) < num_processes
+        if not is_enough or self.batching.by_cost:  # which brings them into another order
+            return split_until(batches, number)
+        start = int(batches.starts[-num_last])
+        last = Batches(batches.rows[start:], batches.starts[-num_last:] - start)
+        last = split_until(last, number - (len(batches) - num_last))
+        return Batches(
+            batches.rows, np.concatenate([batches.starts[:-num_last], last.starts + start])
+        )
 
     @property
     def idle_row(self) -> int:
