@@ -21,7 +21,7 @@ from tests.conftest import chat_row, noise, write_rows
 
 FINETUNE = [sys.executable, "-m", "finetune"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-FIGURES = ("step", "loss", "eval_loss", "grad_norm", "learning_rate", "samples", "num_tokens")
+FIGURES = ("step", "loss", "eval_loss", "grad_norm", "learning_rate", "samples")
 
 
 def run(*command: str, timeout: int = 240) -> subprocess.CompletedProcess[str]:
