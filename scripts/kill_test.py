@@ -1,7 +1,8 @@
 """Kill runs at random moments and go on with them: do they end as one that was never killed?
 
-    python -m scripts.kill_test                    # 50 kills; about ten minutes
-    python -m scripts.kill_test --kills 6
+    python -m scripts.kill_test                             # 50 kills; about a quarter of an hour
+    python -m scripts.kill_test --out docs/resuming.md      # the table into the page, too
+    python -m scripts.kill_test --kills 6                   # two of each kind
 
 Small runs of nano, of rows read beforehand, packed, and streamed. Each is killed (SIGKILL, loading
 processes and all) once at a random moment, some on purpose while a checkpoint is written or
@@ -32,7 +33,8 @@ from finetune.recipe import Recipe, load_recipe
 from finetune.recipe.files import recipes_dir
 from finetune.rundir import RunDir, read_jsonl
 from finetune.train import train
-from scripts.marked_page import row, table
+from scripts.bench_results import machine
+from scripts.marked_page import fill, row, table
 
 STEPS, SAVE_EVERY, ASK_EVERY = 12, 3, 4
 ROWS = {"train": 40, "eval": 6}
@@ -67,20 +69,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Kill runs and see that they end the same.")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="a page with a place for the table")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     kills = []
-    print("\n".join(table("", "run", "killed after", "while", "went on from", "ended")), flush=True)
+    lines = table("", "run", "killed after", "while", "went on from", "ended")
+    print("\n".join(lines), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for number, kill in enumerate(kill_runs(Path(folder), args.kills, args.seed), start=1):
             kills.append(kill)
             ended = kill.difference or "the same"
             seconds = f"{kill.after_seconds:.2f} s"
-            print(
-                row(number, kill.kind, seconds, kill.moment, kill.went_on_from, ended), flush=True
-            )
+            lines.append(row(number, kill.kind, seconds, kill.moment, kill.went_on_from, ended))
+            print(lines[-1], flush=True)
     num_same = sum(not kill.difference for kill in kills)
-    print(f"\n{num_same} of {len(kills)} ended as the run that was not killed")
+    told = f"{num_same} of {len(kills)} ended as the run that was not killed"
+    print(f"\n{told}")
+    if args.out:
+        text = args.out.read_text(encoding="utf-8")
+        lines += ["", f"{told}. {machine(1)}."]
+        args.out.write_text(fill(text, "kills", lines), encoding="utf-8")
     return int(num_same < len(kills))
 
 
