@@ -45,6 +45,7 @@ from finetune.model.optimizer import (
     projected_modules,
 )
 from finetune.model.vision_cache import WaitForFeatures
+from finetune.processes import any_of_all
 from finetune.recipe import Recipe, TrainingSection
 from finetune.rundir import RunDir, read_json, write_json
 
@@ -90,6 +91,7 @@ class VisionSFTTrainer(SFTTrainer):
         self.num_streamed = {"taken": 0, "trained": 0, "left out": 0}
         self.recipe = recipe
         self.rates: dict[str, float] = {}
+        self.step_saw = False
         self._rng_checkpoint: Path | None = None
         self.answer_figures = answer_figures
         self._held_out = torch.zeros(2)  # loss, summed, and learnt tokens
@@ -108,7 +110,7 @@ class VisionSFTTrainer(SFTTrainer):
             else trained_rows(num_train_rows),
             eval_dataset=held_out,
             processing_class=collator.encoder.processor,
-            callbacks=[*callbacks, WaitForFeatures(base)],
+            callbacks=[*callbacks, WaitForFeatures(base), BeforeTheOptimizer(self)],
         )
         self.loss_kernel = choose_loss_kernel(
             base, recipe.training.loss_kernel if recipe else "auto"
@@ -340,8 +342,18 @@ class VisionSFTTrainer(SFTTrainer):
         found = super().compute_loss(model, inputs, *args, **kwargs)
         if self.args.world_size == 1 or not self.seeing or not torch.is_grad_enabled():
             return found
+        self.step_saw |= "pixel_values" in inputs
         nothing = sum(weight.reshape(-1)[0].float() for weight in self.seeing) * 0.0
         return (found[0] + nothing, *found[1:]) if isinstance(found, tuple) else found + nothing
+
+    def rest_what_saw_nothing(self) -> None:
+        """Before a step of the optimizer: where no process has shown a picture, what sees has no
+        gradient, as in one process, and not one of zero, with which momentum would move it.
+        """
+        if self.args.world_size > 1 and not any_of_all(self.step_saw, self.args.device):
+            for weight in self.seeing:
+                weight.grad = None
+        self.step_saw = False
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The stock one; and the loss is summed, of which it gives the mean over a batch."""
@@ -378,6 +390,17 @@ class VisionSFTTrainer(SFTTrainer):
         """Nothing: TRL would write an empty card beside every checkpoint; `push` makes one that
         says something.
         """
+
+
+class BeforeTheOptimizer(TrainerCallback):
+    """What the trainer does with the gradients that it has."""
+
+    def __init__(self, trainer: VisionSFTTrainer):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After the last pass of a step."""
+        self.trainer.rest_what_saw_nothing()
 
 
 def trained_rows(count: int) -> Dataset:
