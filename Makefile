@@ -35,9 +35,9 @@ dev: .venv/installed-dev
 test: dev
 	$(PYTEST) -m "not slow and not gpu"
 
-# Whole trainings; those of a file one after the other, since they share what they made
+# Whole trainings, one after the other: each uses both cores
 test-slow: dev
-	$(PYTEST) --dist loadfile -m "slow and not gpu"
+	$(BIN)/python -m pytest -q -m "slow and not gpu"
 
 check: dev
 	$(BIN)/ruff format --check .
