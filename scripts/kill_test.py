@@ -1,6 +1,6 @@
 """Kill runs at random moments and go on with them: do they end as one that was never killed?
 
-    python -m scripts.kill_test                             # 50 kills; about a quarter of an hour
+    python -m scripts.kill_test                             # 50 kills
     python -m scripts.kill_test --out docs/resuming.md      # the table into the page, too
     python -m scripts.kill_test --kills 6                   # two of each kind
 
