@@ -8,6 +8,7 @@ from typing import Any
 from finetune.errors import RecipeError
 from finetune.patterns import globbed, is_pattern, written_out
 from finetune.recipe.messages import Problem, did_you_mean
+from finetune.recipe.syntax import MAX_BYTES
 
 HUB_ID = re.compile(r"[\w-][\w.-]{0,95}(/[\w-][\w.-]{0,95})?", re.ASCII)
 
@@ -49,9 +50,18 @@ def find_recipe(source: str | Path) -> Path:
 
 
 def read_text(path: Path, source: str | Path) -> str:
-    """The recipe's text, a byte order mark taken off. Raises `RecipeError`."""
+    """The recipe's text, a byte order mark taken off. Raises `RecipeError`, for a file that is too
+    large without reading it.
+    """
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise RecipeError(
+                f"{source}: is no recipe: it has {max(path.stat().st_size, len(data)):,} bytes, "
+                f"and a recipe at most {MAX_BYTES:,}; give the recipe, which names data by path"
+            )
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise RecipeError(

@@ -1,5 +1,6 @@
 """Reading and writing recipes, as a whole, everything wrong with one said at once."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,11 @@ from finetune.recipe.schema import (
     Recipe,
 )
 from finetune.recipe.syntax import apply_overrides, parse_yaml
+
+# Tokens of the Hub, GitHub, AWS and OpenAI's like; a name or password before the host of a URL
+_SECRET = re.compile(
+    r"\b(hf_|gh[pousr]_|github_pat_|sk-)[A-Za-z0-9_-]{20}|\bAKIA[0-9A-Z]{16}|\w://[^/\s@]+@"
+)
 
 
 def recipe_warnings(recipe: Recipe) -> list[str]:
@@ -161,6 +167,8 @@ def load_recipe(
     if not isinstance(raw, dict):
         raise RecipeError(summarise_problems(str(source), [str(problem) for problem in problems]))
     problems += apply_overrides(raw, overrides)
+    if secrets := list(_secrets(raw)):  # alone, since other messages show what they found
+        raise RecipeError(summarise_problems(str(source), [str(problem) for problem in secrets]))
     for required in ("model", "data"):  # so that the key inside is named as missing
         raw.setdefault(required, {})
     missing = resolve_paths(raw, path.parent)
@@ -172,6 +180,22 @@ def load_recipe(
         problems.sort(key=_place)
         raise RecipeError(summarise_problems(str(source), [str(problem) for problem in problems]))
     return recipe
+
+
+def _secrets(value: Any, loc: tuple[str | int, ...] = ()) -> Iterator[Problem]:
+    """Each text that looks like a password or a token; what it is, no message says."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _secrets(inner, (*loc, str(key)))
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            yield from _secrets(inner, (*loc, number))
+    elif isinstance(value, str) and _SECRET.search(value):
+        yield Problem(
+            loc,
+            "looks like a password or token, which a run would copy into its folder, report and "
+            "card; take it out, and log in with 'hf auth login' or set HF_TOKEN",
+        )
 
 
 def make_source(

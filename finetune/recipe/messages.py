@@ -71,7 +71,8 @@ class Problem:
 
     def __str__(self) -> str:
         """The line the user sees."""
-        return f"{'.'.join(map(str, self.loc))}: {self.text}" if self.loc else self.text
+        parts = [part if len(part) <= 60 else f"{part[:57]}..." for part in map(str, self.loc)]
+        return f"{'.'.join(parts)}: {self.text}" if parts else self.text
 
 
 def nearest(name: str, choices: Iterable[str]) -> str | None:

@@ -1,4 +1,6 @@
-"""YAML as a recipe needs it: repeated keys reported, mistakes with their line, overrides on top."""
+"""YAML as a recipe needs it: repeated keys reported, mistakes with their line, overrides on top;
+and no more of it than a recipe may hold, whoever wrote the file.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,12 +19,60 @@ ALTERNATIVES: dict[tuple[str, ...], tuple[str, ...]] = {
 }
 
 
+# The shipped recipes have some hundred values, five levels deep, in two or three KiB.
+MAX_BYTES = 256 * 2**10
+MAX_VALUES = 10_000
+MAX_DEPTH = 32
+MAX_DIGITS = (
+    100  # 1:1:1:... takes the square of its length to read, and is not the only such number
+)
+
+
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_TOO_DEEP = f"is nested more than {MAX_DEPTH} levels deep; a recipe has five"
+
+
+class _RefusedError(Exception):
+    """YAML that is well formed, and more than a recipe may hold."""
+
+
 class _Loader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys without a word; this one notes them."""
+    """PyYAML keeps the last of two equal keys without a word; this one notes them.
+
+    It also counts what an alias stands for each time it is used, before anything is built of it: a
+    few lines of aliases of aliases stand for a billion values, and so do merges (`<<`).
+    """
 
     def __init__(self, stream: str):
         super().__init__(stream)
         self.repeated: list[Problem] = []
+        self._num_values = self._depth = 0
+        self._sizes: dict[yaml.Node, int] = {}  # of each finished node, aliases within it included
+
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        before, line = self._num_values, event.start_mark.line + 1
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise _RefusedError(f"line {line}: {_TOO_DEEP}")
+        node = super().compose_node(parent, index)
+        assert node is not None
+        if node.tag in _NUMBERS and len(node.value) > MAX_DIGITS:
+            raise _RefusedError(f"line {line}: holds a number of {len(node.value):,} characters")
+        if not isinstance(event, yaml.AliasEvent):
+            self._sizes[node] = self._num_values + 1 - before
+            self._num_values += 1
+        elif node in self._sizes:
+            self._num_values += self._sizes[node]
+        else:
+            raise _RefusedError(f"line {line}: *{event.anchor} stands within &{event.anchor}")
+        if self._num_values > MAX_VALUES:
+            raise _RefusedError(
+                f"line {line}: holds more than {MAX_VALUES:,} values up to here, those that "
+                "aliases stand for counted each time; a recipe has some hundred"
+            )
+        self._depth -= 1
+        return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """Looks at keys before merges (`<<`) are folded in, which may rightly repeat them."""
@@ -43,19 +93,39 @@ class _Loader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str) -> tuple[Any, list[Problem]]:
-    """The document, or None where it cannot be read, and the problems found on the way."""
+    """The document, or None where it cannot be read or is larger than a recipe may be, and the
+    problems found on the way. No part of it is part of another, whatever aliases there were.
+    """
+    if len(text) > MAX_BYTES:  # of a file the bytes were counted; this is for other texts
+        return None, [Problem((), f"is longer than the {MAX_BYTES:,} characters it may have")]
     try:
         loader = _Loader(text)
-        return loader.get_single_data(), loader.repeated
+        return _unshared(loader.get_single_data()), loader.repeated
+    except _RefusedError as error:
+        return None, [Problem((), str(error))]
     except yaml.MarkedYAMLError as error:
         return None, [Problem((), _syntax_error(error))]
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         return None, [Problem((), f"line {line}: holds a character that YAML does not allow")]
-    except (ValueError, RecursionError) as error:  # such as the date 2025-13-01
+    except Exception as error:
+        # Such as the date 2025-13-01. PyYAML lets through what a tag (`!!bool maybe`) or an odd
+        # number leads it to: KeyError, IndexError, AttributeError, OverflowError
+        what = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
         return None, [
-            Problem((), f"is not usable YAML ({error}); put dates and odd numbers in quotes")
+            Problem((), f"is not usable YAML ({what[:100]}); put dates and odd numbers in quotes")
         ]
+
+
+def _unshared(value: Any, depth: int = 1) -> Any:
+    """A copy in which each alias has values of its own, so that an override changes one place."""
+    if depth > MAX_DEPTH:
+        raise _RefusedError(_TOO_DEEP)
+    if isinstance(value, dict):
+        return {key: _unshared(inner, depth + 1) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_unshared(inner, depth + 1) for inner in value]
+    return value
 
 
 def _syntax_error(error: yaml.MarkedYAMLError) -> str:
@@ -99,7 +169,7 @@ def _set(raw: Any, key: Sequence[str], value: Any) -> str | None:
         # What to put where nothing stands yet: a list before a number, a mapping before a name.
         new = value if last else [] if key[depth + 1].isdecimal() else {}
         if isinstance(here, list):
-            if not part.isdecimal() or int(part) > len(here):
+            if not part.isdecimal() or len(part) > 9 or int(part) > len(here):
                 count = f"{len(here)} " + ("entry" if len(here) == 1 else "entries")
                 return (
                     f"{'.'.join(key[:depth])} is a list of {count}, numbered from 0; found {part!r}"
