@@ -14,6 +14,7 @@ first answer, and all of them count as right.
 import ast
 import re
 import string
+import warnings
 from typing import Any
 
 from data_formats.cells import answers_of, as_object, ask, text_at
@@ -23,7 +24,9 @@ from data_formats.wording import must_be, shown
 
 MAX_IMAGES = 7
 
-_MENTION = re.compile(r"<image (\d+)>")
+MAX_LIST_CHARACTERS = 100_000  # Python's parser takes a hundred times as much memory as the text
+
+_MENTION = re.compile(r"<image (\d{1,9})>")
 
 
 def fits(row: Any) -> bool:
@@ -76,9 +79,17 @@ def _options(value: Any) -> dict[str, str]:
 
 
 def _listed(text: str, key: str) -> list[Any]:
+    if len(text) > MAX_LIST_CHARACTERS:
+        raise FormatError(
+            f"{key!r} is a text of {len(text):,} characters, more than the "
+            f"{MAX_LIST_CHARACTERS:,} of a list that is written out; give the list itself"
+        )
     try:
-        value = ast.literal_eval(text)  # constants alone: nothing is run
-    except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of escapes such as \d, on standard error
+            value = ast.literal_eval(text)  # constants alone: nothing is run
+    # the last for a list or a mapping as a key
+    except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError) as error:
         raise FormatError(
             f"{key!r} is {shown(text)}, which is no list as Python or JSON writes it; write "
             "['first', 'second']"

@@ -23,6 +23,7 @@ from PIL import Image
 
 from finetune import __version__
 from finetune.data.examples import Example, Fitted
+from finetune.data.images import name_of
 from finetune.data.views import ImagePlan, Size
 from finetune.errors import RunDirError
 from finetune.recipe import ImagesSection
@@ -62,14 +63,8 @@ class PreviewRow:
     def of_fitted(cls, example: Example, fitted: Fitted) -> "PreviewRow":
         """The row from what `Encoder.encode_fitted` gives."""
         parts = zip(fitted.conversation.images(), fitted.sizes_px, fitted.plans, strict=True)
-        images = [PreviewImage(_name(part.source), size, plan) for part, size, plan in parts]
+        images = [PreviewImage(name_of(part.source), size, plan) for part, size, plan in parts]
         return cls(example, images, fitted.change)
-
-
-def _name(source: str | bytes) -> str:
-    if isinstance(source, bytes):
-        return "(bytes in the row)"
-    return "(data URI)" if source.startswith("data:") else source
 
 
 def preview_row(example: Example, processor: Any) -> dict[str, Any]:

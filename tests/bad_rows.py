@@ -2080,7 +2080,7 @@ BAD_ROWS: dict[str, list[BadRow]] = {
         ),
         image(
             "a URL with a password",
-            "image 'https://me:secret@example.com/1.png' is a URL with a user name or "
+            "image 'https://...@example.com/1.png' is a URL with a user name or "
             "password; save it as a file",
             "https://me:secret@example.com/1.png",
             data=URLS,

@@ -2,16 +2,24 @@
 the memory, leads out of its folder, or comes to stand in a page as more than text.
 """
 
+import struct
 import time
+import zlib
 from pathlib import Path
 
 import pytest
 
-from finetune.errors import RecipeError
+from data_formats import mmmu
+from data_formats.chat import FormatError
+from data_formats.mmmu import MAX_LIST_CHARACTERS
+from finetune.data.images import ImageAccess, load_image, name_of
+from finetune.data.signatures import why_no_image
+from finetune.errors import DataError, RecipeError
 from finetune.patterns import written_out
 from finetune.recipe import Recipe, load_recipe
 from finetune.recipe.syntax import MAX_BYTES, MAX_DEPTH, MAX_DIGITS, MAX_VALUES, parse_yaml
 
+HERE = ImageAccess(Path())
 RECIPE = "model: {name: nano}\ndata: {train: [{hub: user/name}]}\n"
 
 
@@ -136,3 +144,92 @@ def test_a_recipe_that_holds_a_secret_is_refused_without_saying_it(
             load(tmp_path, *arguments)
         assert name not in str(caught.value)
     assert parse_yaml(f"model: {name}")[0]  # it is readable YAML
+
+
+# Rows and their pictures.
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("[{[]: 1}]", "is no list"),
+        ("[{{}}]", "is no list"),
+        ("[" * 50_000, "is no list"),
+        ("[1" + "+1" * 40_000 + "]", "is no list"),
+        (f"['{'x' * MAX_LIST_CHARACTERS}']", "more than the 100,000 of a list"),
+        ("[__import__('os').system('touch marker')]", "is no list"),
+    ],
+)
+def test_a_list_written_as_python_is_read_and_never_run(
+    options: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    row = {"question": "Which?", "image_1": "a.png", "options": options, "answer": "A"}
+    with pytest.raises(FormatError, match=message):
+        mmmu.parse(row)
+    assert not (tmp_path / "marker").exists()
+
+
+def test_a_picture_of_a_number_without_end_is_none() -> None:
+    row = {"question": f"<image {'1' * 5000}>", "image_1": "a.png", "options": [], "answer": "A"}
+    assert mmmu.parse(row).messages[0].text == row["question"]
+
+
+@pytest.mark.parametrize("comment", [b"<!--", b"<!---->", b"<!-- -->\n", b"<?xml"])
+def test_what_is_no_image_is_told_in_a_time_that_does_not_double(comment: bytes) -> None:
+    began = time.perf_counter()
+    for end in (b"x", b"<html>", b"<svg>"):
+        why_no_image(comment * 500 + end)
+    assert time.perf_counter() - began < 1
+
+
+def test_a_web_page_and_a_drawing_are_known_behind_comments() -> None:
+    assert "(HTML)" in why_no_image(b" <!-- a --> <!-- b --><!doctype html>")
+    for start in (b"<?xml version='1.0'?><!-- a -->", b" <!-- a -->", b""):
+        assert "is an SVG drawing" in why_no_image(start + b"<svg/>")
+
+
+def test_a_tiff_that_names_its_strips_a_thousand_times_is_read_once() -> None:
+    num_tags, num_strips = 65_535, 500_000
+    entry = struct.pack("<HHII", 273, 1, num_strips, 8)
+    head = b"II*\0" + struct.pack("<I", 8 + num_strips) + bytes(num_strips)
+    data = head + struct.pack("<H", num_tags) + entry * num_tags + bytes(4)
+    began = time.perf_counter()
+    with pytest.raises(DataError):
+        load_image(data, HERE)
+    assert time.perf_counter() - began < 10
+
+
+def test_an_icon_whose_pictures_are_all_the_same_bytes_is_refused() -> None:
+    empty = struct.pack(">I4sI", 0, b"none", 0)
+    end = struct.pack(">I4sI", 0, b"IEND", zlib.crc32(b"IEND"))
+    png = b"\x89PNG\r\n\x1a\n" + empty * 20_000 + end
+    count, first = 65_535, 6 + 16 * 65_535
+    entry = struct.pack("<BBBBHHII", 1, 1, 0, 0, 1, 32, len(png), first)
+    began = time.perf_counter()
+    with pytest.raises(DataError, match="its pictures lie over one another"):
+        load_image(b"\0\0\1\0" + struct.pack("<H", count) + entry * count + png, HERE)
+    assert time.perf_counter() - began < 5
+
+
+@pytest.mark.parametrize(
+    ("source", "shown"),
+    [
+        ("https://me:pw@host:8/a@2.png?sig=pw", "https://...@host:8/a@2.png?..."),
+        ("https://host/a.png?X-Amz-Signature=pw", "https://host/a.png?..."),
+        ("s3://pw@host/a.png", "s3://...@host/a.png"),
+        ("https://host/a?pw=a@b", "https://host/a?..."),
+        ("scans/pw?.png", "scans/pw?.png"),
+        ("data:image/png;base64,pw", "(data URI)"),
+        (b"pw", "(bytes in the row)"),
+    ],
+)
+def test_a_picture_s_name_shows_where_it_is_and_not_what_lets_one_in(
+    source: str | bytes, shown: str
+) -> None:
+    assert name_of(source) == shown
+    if isinstance(source, str) and "://" in source:
+        with pytest.raises(DataError) as caught:
+            load_image(source, HERE)
+        assert repr(shown) in str(caught.value)
+        assert "pw" not in str(caught.value)

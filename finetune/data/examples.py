@@ -13,7 +13,7 @@ from xxhash import xxh3_64_intdigest
 
 from data_formats.chat import Conversation
 from finetune.data.augment import Draws, plan_enlarged
-from finetune.data.images import decode_image, page_of, read_image_file
+from finetune.data.images import decode_image, page_of, quoted_name, read_image_file
 from finetune.data.pictures import EXACT, Picture, Pictures, Shortcuts
 from finetune.data.render import Rendered, Renderer
 from finetune.data.sequences import Layouting
@@ -237,8 +237,7 @@ class Encoder:
             try:
                 plan = self.family.plan_image(*size, images, self.processor.image_processor)
             except DataError as error:
-                name = repr(part.source) if isinstance(part.source, str) else "(bytes in the row)"
-                raise DataError(f"image {name[:80]} {error}") from error
+                raise DataError(f"image {quoted_name(part.source)} {error}") from error
             plans.append(plan)
         return plans
 

@@ -24,6 +24,9 @@ from finetune.errors import DataError
 
 MAX_FILE_MIB = 512
 
+# What stands for an image that has no name of its own.
+BYTES, DATA_URI, BASE64 = "(bytes in the row)", "(data URI)", "(base64 in the row)"
+
 
 @dataclass(frozen=True, slots=True)
 class ImageAccess:
@@ -62,16 +65,16 @@ def read_image_file(source: str | bytes, access: ImageAccess) -> tuple[str, byte
     Raises `DataError` where they cannot be had.
     """
     if isinstance(source, bytes):
-        return "(bytes in the row)", source
+        return BYTES, source
     if source[:5].lower() == "data:":
-        return "(data URI)", _decode_data_uri(source)
+        return DATA_URI, _decode_data_uri(source)
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", source)
     if scheme is not None:
-        return _shown(source), _read_url(source, scheme[1].lower(), access)
+        return quoted_name(source), _read_url(source, scheme[1].lower(), access)
     if _is_base64_of_an_image(source):
-        return "(base64 in the row)", _decode_base64(source, "base64 in the row")
+        return BASE64, _decode_base64(source, "base64 in the row")
     path = source if page_of(source) is None else source.rpartition("#")[0]
-    return _shown(source), _read_path(path, access)
+    return quoted_name(source), _read_path(path, access)
 
 
 def page_of(source: str | bytes) -> int | None:
@@ -86,7 +89,8 @@ def page_of(source: str | bytes) -> int | None:
         return None
     if not re.fullmatch(r"page=[1-9]\d{0,6}", fragment, re.ASCII):
         raise DataError(
-            f"image {_shown(source)} names no page by '#{fragment[:20]}'; write FILE.pdf#page=1"
+            f"image {quoted_name(source)} names no page by '#{fragment[:20]}'; "
+            "write FILE.pdf#page=1"
         )
     return int(fragment.removeprefix("page="))
 
@@ -175,7 +179,7 @@ def _refuse_too_large(size: tuple[int, int], max_megapixels: float) -> None:
 
 
 def _read_url(url: str, scheme: str, access: ImageAccess) -> bytes:
-    shown = _shown(url)
+    shown = quoted_name(url)
     if scheme == "file":
         raise DataError(f"image {shown} is a file:// URL; give the path alone")
     if scheme not in ("http", "https"):
@@ -197,7 +201,7 @@ def _read_url(url: str, scheme: str, access: ImageAccess) -> bytes:
 
 
 def _read_path(source: str, access: ImageAccess) -> bytes:
-    name = _shown(source)
+    name = quoted_name(source)
     if access.folders and not Path(source).is_absolute():
         raise DataError(
             f"rows come from several folders ({access.folders}), so that it is not clear where "
@@ -306,8 +310,34 @@ def _nearest(name: str, names: tuple[str, ...]) -> str | None:
     return found[0] if found else None
 
 
-def _shown(source: str) -> str:
-    return repr(source) if len(source) <= 120 else f"{source[:80]!r}..."
+def name_of(source: str | bytes) -> str:
+    """What pages call an image: a path or URL, and of a URL not what lets somebody in, since pages
+    and messages are kept, and handed on.
+    """
+    if isinstance(source, bytes):
+        return BYTES
+    if source[:5].lower() == "data:":
+        return DATA_URI
+    return BASE64 if _is_base64_of_an_image(source) else _without_secrets(source)
+
+
+def quoted_name(source: str | bytes) -> str:
+    """As `name_of`, for messages: in quotes, and cut where it is long."""
+    name = name_of(source)
+    if name in (BYTES, DATA_URI, BASE64):
+        return name
+    return repr(name) if len(name) <= 120 else f"{name[:80]!r}..."
+
+
+def _without_secrets(source: str) -> str:
+    """A URL without name and password, and without its query, where signed ones have theirs."""
+    scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", source)
+    if scheme is None:
+        return source
+    place, mark, _ = source[scheme.end() :].partition("?")
+    authority, slash, path = place.partition("/")
+    _, at, host = authority.rpartition("@")
+    return f"{scheme[0]}{at and '...@'}{host}{slash}{path}{mark and '?...'}"
 
 
 def _decode_data_uri(uri: str) -> bytes:

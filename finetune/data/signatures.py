@@ -23,18 +23,21 @@ _IMAGE_SIGNATURES: tuple[tuple[str, re.Pattern[bytes]], ...] = (
 )
 _PDF = re.compile(rb"%PDF-")
 
-# What is often found where an image was meant, and what to do about it.
+# What is often found where an image was meant, and what to do about it. Where something repeats,
+# bytes match in one way only (*+, (?>...)): with several, each comment more would double the time.
 _REFUSED_SIGNATURES: tuple[tuple[re.Pattern[bytes], str], ...] = (
     (
         re.compile(rb"version https://git-lfs"),
         "is a Git LFS pointer, not the image itself; run git lfs pull in its repository",
     ),
     (
-        re.compile(rb"(?:<\?xml.*?|<!--.*?|\s)*(?:<!doctype svg|<svg\b)", re.I | re.DOTALL),
+        re.compile(rb"\s*+(?:(?:<\?xml|<!--).*?)?(?:<!doctype svg|<svg\b)", re.I | re.DOTALL),
         "is an SVG drawing, which has no pixels; convert it to PNG",
     ),
     (
-        re.compile(rb"\s*(?:<!--.*?-->\s*)*<(?:!doctype html|html|head|body)\b", re.I | re.DOTALL),
+        re.compile(
+            rb"\s*+(?:(?><!--.*?-->)\s*+)*+<(?:!doctype html|html|head|body)\b", re.I | re.DOTALL
+        ),
         "is a web page (HTML) that was saved instead of the image; download the image itself",
     ),
     (

@@ -114,12 +114,14 @@ def _tiff_tags(data: bytes) -> Iterator[tuple[int, tuple[int, ...]]]:
     (num_tags,) = struct.unpack_from(order + count_format, data, start)
     first = start + struct.calcsize(order + count_format)
     entry_bytes = struct.calcsize(order + entry_format)
+    wanted = {}
     for i in range(num_tags):
         entry = struct.unpack_from(order + entry_format, data, first + i * entry_bytes)
         tag, kind, count, inline = entry
         letter = _TIFF_WHOLE_NUMBERS.get(kind)
-        if letter is None or tag not in _TIFF_WANTED:
-            continue
+        if letter is not None and tag in _TIFF_WANTED:
+            wanted[tag] = letter, count, inline  # of a repeated tag the last, as Pillow takes it
+    for tag, (letter, count, inline) in wanted.items():
         values = struct.Struct(f"{order}{count}{letter}")
         if values.size <= len(inline):
             yield tag, values.unpack_from(inline)
@@ -129,9 +131,13 @@ def _tiff_tags(data: bytes) -> Iterator[tuple[int, tuple[int, ...]]]:
 
 
 def _check_ico(data: bytes) -> None:
-    for offset, num_bytes in _icon_places(data):
-        if offset + num_bytes > len(data):
-            raise CutShortError("one of its pictures goes on beyond its end")
+    places = list(_icon_places(data))
+    if any(offset + num_bytes > len(data) for offset, num_bytes in places):
+        raise CutShortError("one of its pictures goes on beyond its end")
+    if sum(num_bytes for _, num_bytes in places) > len(data):
+        # 65,535 of them may be named, and each would be gone through
+        raise DataError("is damaged (its pictures lie over one another); mend or replace it")
+    for offset, num_bytes in places:
         if data[offset : offset + 8] == b"\x89PNG\r\n\x1a\n":
             _check_png(data[offset : offset + num_bytes])
 
