@@ -1,9 +1,11 @@
 """The model card of a run: what was trained on what, what came out, and how to use it.
 
-Nothing in it is of one machine: files are named without their folders, and no row is shown.
+Nothing in it is of one machine: files are named without their folders, and no row is shown. Names
+are text wherever they stand, also where they hold what Markdown, HTML or Python would understand.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,9 +52,7 @@ def card_of(run: RunDir, recipe: Recipe, publication: Publication) -> str:
         _training(recipe, summary, made_with),
         f"## Loss\n\n![Loss by step]({PLOT})" if run.metrics.is_file() else "",
         _licence(publication),
-        "## Recipe\n\n```yaml\n"
-        + dump_recipe(portable(recipe, publication.base)).strip()
-        + "\n```",
+        f"## Recipe\n\n{_block(dump_recipe(portable(recipe, publication.base)).strip(), 'yaml')}",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -94,7 +94,8 @@ def usage(publication: Publication, recipe: Recipe) -> str:
             head.insert(0, "from finetune.model.load import model_location")
             base = f'model_location("{EMBEDDED}")'
         else:
-            base = f'"{publication.base}", revision="{recipe.model.revision}"'
+            # JSON's quotes are Python's, too
+            base = f"{json.dumps(publication.base)}, revision={json.dumps(recipe.model.revision)}"
         if publication.base_class.startswith("Idefics2"):
             head[-1] = "from transformers import AutoConfig, AutoModelForImageTextToText"
             lines.append(f"config = AutoConfig.from_pretrained({base})")
@@ -151,7 +152,20 @@ def _metadata(publication: Publication, recipe: Recipe, summary: Mapping[str, An
 def _linked(base: str, revision: str) -> str:
     if base == EMBEDDED:
         return "`nano`, the small model that comes with vlm-recipes"
-    return f"[{base}](https://huggingface.co/{base}) (revision `{revision}`)"
+    return f"[{base}](https://huggingface.co/{base}) (revision {code(revision)})"
+
+
+def code(text: str) -> str:
+    """As code, whatever it holds: the fence is longer than any run of backticks within."""
+    shown = re.sub(r"[\x00-\x1f\x7f\x85\u2028\u2029]", " ", text).replace("|", r"\|")
+    fence = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
+    space = " " if shown[:1] in ("", "`", " ") or shown.endswith(("`", " ")) else ""
+    return f"{fence}{space}{shown}{space}{fence}"
+
+
+def _block(text: str, language: str) -> str:
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"
 
 
 def _results(summary: Mapping[str, Any]) -> str:
@@ -184,7 +198,7 @@ def _results(summary: Mapping[str, Any]) -> str:
 
 def _image_settings(recipe: Recipe) -> str:
     settings = {k: v for k, v in recipe.images.model_dump().items() if v is not None}
-    told = f"`{json.dumps(settings)}`" if settings else "those of the base's own processor"
+    told = code(json.dumps(settings)) if settings else "those of the base's own processor"
     text = f"Pictures are cut as in training: {told}; the processor here is set so."
     if settings.get("split") == "auto":
         text += (
@@ -225,7 +239,7 @@ def _data(sources: Sequence[DataSource], summary: Mapping[str, Any], part: str) 
     total = summary.get(f"num_{part}_rows", 0)
     if not total:
         return "none"
-    names = [f"`{_source_name(source)}`" for source in sources]
+    names = [code(_source_name(source)) for source in sources]
     counts = summary.get(f"{part}_rows_by_source", [])
     if len(counts) != len(names):
         return f"{', '.join(names)}: {total:,} rows"

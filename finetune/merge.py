@@ -227,7 +227,12 @@ def _reloaded(folder: Path, plan: MergePlan, recipe: Recipe, encoder: Encoder) -
     """The folder as any program loads it. Raises `ModelError` where it is not the base's."""
     # a pair because of output_loading_info, which the declared type does not know
     model, info = cast(Any, AutoModelForImageTextToText).from_pretrained(
-        folder, dtype=plan.dtype, output_loading_info=True, attn_implementation=_attention(recipe)
+        folder,
+        dtype=plan.dtype,
+        output_loading_info=True,
+        attn_implementation=_attention(recipe),
+        use_safetensors=True,
+        trust_remote_code=False,
     )
     held = {
         each.key: torch.Size(each.shape)
@@ -250,7 +255,8 @@ def _reloaded(folder: Path, plan: MergePlan, recipe: Recipe, encoder: Encoder) -
 
 def _warn_of_lost_template(folder: Path, processor: Any, console: Console) -> None:
     """Some of the library's processors save a template and do not read it again."""
-    if AutoProcessor.from_pretrained(folder).chat_template != processor.chat_template:
+    again = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    if again.chat_template != processor.chat_template:
         console.print(
             f"warning: the library's {type(processor).__name__} does not read its chat template "
             "again; give chat_template.jinja of the folder to apply_chat_template yourself",
@@ -286,7 +292,9 @@ def _quantise(
     for file in (folder / "quantised").iterdir():
         file.replace(folder / file.name)
     (folder / "quantised").rmdir()
-    again = AutoModelForImageTextToText.from_pretrained(folder)
+    again = AutoModelForImageTextToText.from_pretrained(
+        folder, use_safetensors=True, trust_remote_code=False
+    )
     encoder.family.adjust_model(again)
     keep_weights_as_loaded(again)
     after = ask(again, encoder, asked, max_new_tokens=limit)

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from finetune.merge import PROOF
 from finetune.model.adapters import IMAGE_SETTINGS, refuse_unfinished
 from finetune.model.load import EMBEDDED, quiet_libraries
 from finetune.recipe import Recipe, load_recipe
+from finetune.recipe.files import HUB_ID
 from finetune.recipe.loading import dump_recipe
 from finetune.rundir import RunDir, open_run_dir, read_json, read_jsonl
 from finetune.serve import servable
@@ -108,6 +110,8 @@ def push(
             "load the base from; give its name on the Hub: --base USER/NAME"
         )
     base = base or recipe.model.name
+    if base != EMBEDDED and not HUB_ID.fullmatch(base):
+        raise HubError(f"{base[:100]!r} is no name of a base on the Hub; give --base USER/NAME")
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     api = HfApi(endpoint=endpoint)
     licence = None if dry_run else _licence_of(api, base)
@@ -174,7 +178,9 @@ def _licence_of(api: HfApi, base: str) -> str | None:
         data = api.model_info(base).card_data
     except (HfHubHTTPError, http.HTTPError, OSError):
         return None
-    return data.get("license") if data else None
+    named = data.get("license") if data else None
+    # their page is theirs, and the card ours
+    return named if isinstance(named, str) and re.fullmatch(r"[\w.+-]{1,60}", named) else None
 
 
 def _upload(

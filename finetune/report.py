@@ -15,7 +15,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
@@ -35,6 +34,7 @@ from finetune.gallery import (
     text_of,
 )
 from finetune.metrics import lower_is_better, title_of, with_interval
+from finetune.recipe.syntax import parse_yaml
 from finetune.run_charts import curves, histograms
 from finetune.rundir import RunDir, read_json, replacing, write_text
 
@@ -353,10 +353,7 @@ def run_figures(summary: Row, log: Sequence[Row]) -> dict[str, float]:
 
 def settings_of(recipe: str) -> Row:
     """The recipe's sections; empty where it is no readable YAML."""
-    try:
-        return mapping(yaml.safe_load(recipe))
-    except (yaml.YAMLError, ValueError):  # the latter for a date that there is not
-        return {}
+    return mapping(parse_yaml(recipe)[0])
 
 
 def planned_steps(settings: Row, log: Sequence[Row]) -> str:

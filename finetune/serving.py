@@ -34,8 +34,9 @@ from finetune.errors import DataError, ModelError
 from finetune.families import family_of
 from finetune.model.adapters import IMAGE_SETTINGS
 from finetune.model.generate import stopping
+from finetune.model.load import refuse_foreign_weights
 from finetune.model.quantize import keep_weights_as_loaded
-from finetune.recipe import ImagesSection
+from finetune.recipe import ImagesSection, ModelSection
 from finetune.rundir import read_json
 
 Scope = dict[str, Any]
@@ -136,13 +137,18 @@ class Served:
     @classmethod
     def load(cls, folder: Path, name: str) -> "Served":
         """The model of a folder, stored in 4 or 8 bits or not. Raises `ModelError`."""
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         family = family_of(config)
         if family is None:
             raise ModelError(f"{folder}: model_type {config.model_type!r} is not supported")
+        config._attn_implementation = None  # see load_config
+        refuse_foreign_weights(ModelSection(name=str(folder)))
         family.adjust_config(config)
         processor = family.build_processor(
-            lambda kind: cast(Any, kind or AutoProcessor).from_pretrained(folder), config
+            lambda kind: cast(Any, kind or AutoProcessor).from_pretrained(
+                folder, trust_remote_code=False
+            ),
+            config,
         )
         template = folder / "chat_template.jinja"
         if processor.chat_template is None and template.is_file():
@@ -154,7 +160,12 @@ class Served:
         images = ImagesSection(**{key: trained.get(key) or value for key, value in own.items()})
         family.set_images(processor, images)
         model: Any = AutoModelForImageTextToText.from_pretrained(
-            folder, config=config, dtype="auto", device_map="auto", use_safetensors=True
+            folder,
+            config=config,
+            dtype="auto",
+            device_map="auto",
+            use_safetensors=True,
+            trust_remote_code=False,
         )
         family.adjust_model(model)
         keep_weights_as_loaded(model)

@@ -104,7 +104,7 @@ def train(args: argparse.Namespace) -> None:
     )
     first = 0
     if args.resume:
-        state = torch.load(args.resume, weights_only=False)
+        state = torch.load(args.resume, weights_only=True)
         model.load_state_dict(state["model"])
         teacher.load_state_dict(state["teacher"])
         optimizer.load_state_dict(state["optimizer"])

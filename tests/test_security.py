@@ -2,25 +2,174 @@
 the memory, leads out of its folder, or comes to stand in a page as more than text.
 """
 
+import ast
+import base64
+import io
+import json
+import pickle
+import re
+import shutil
 import struct
+import tarfile
 import time
 import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
+import transformers
 
 from data_formats import mmmu
-from data_formats.chat import FormatError
+from data_formats.chat import FormatError, parse_chat
 from data_formats.mmmu import MAX_LIST_CHARACTERS
+from finetune import chat
+from finetune.checkpoints import fault_of, settle
 from finetune.data.images import ImageAccess, load_image, name_of
+from finetune.data.render import Renderer
 from finetune.data.signatures import why_no_image
-from finetune.errors import DataError, RecipeError
+from finetune.data.sources import open_source
+from finetune.errors import DataError, ModelError, RecipeError, RunDirError
+from finetune.evaluate import evaluate
+from finetune.families import FAMILIES
+from finetune.hub import fetch_run
+from finetune.merge import merge
+from finetune.model.checkpoint_files import weight_files
+from finetune.model.load import load_config, load_model, load_processor, model_location
+from finetune.model.methods import load_checkpoint, load_trainable, load_trained
 from finetune.patterns import written_out
-from finetune.recipe import Recipe, load_recipe
+from finetune.push import push
+from finetune.recipe import DataSection, DataSource, ModelSection, Recipe, load_recipe, make_source
 from finetune.recipe.syntax import MAX_BYTES, MAX_DEPTH, MAX_DIGITS, MAX_VALUES, parse_yaml
+from finetune.serving import Served
+from tests.conftest import NANO_IMAGES, chat_row
+from tests.hub_server import Hub, Repo
+from tests.test_merge import QUIET, Made, made_run
+from tests.test_train import train
 
+ROOT = Path(__file__).parent.parent
 HERE = ImageAccess(Path())
 RECIPE = "model: {name: nano}\ndata: {train: [{hub: user/name}]}\n"
+
+
+# The source.
+
+
+def calls_in(tree: ast.AST) -> Iterator[ast.Call]:
+    return (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+
+
+def name_of_call(call: ast.Call) -> str:
+    """`torch.load`; of a method of what a call gave, `.method`."""
+    called = call.func
+    if isinstance(called, ast.Attribute):
+        return ast.unparse(called) if isinstance(called.value, ast.Name) else f".{called.attr}"
+    return called.id if isinstance(called, ast.Name) else ""
+
+
+UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+UNSAFE_CALLS = {
+    *("eval", "exec", "compile", "__import__"),
+    *("os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"),
+    *("yaml.load", "yaml.load_all", "yaml.full_load", "yaml.unsafe_load"),
+    *("shutil.unpack_archive", "urllib.request.urlopen", "importlib.import_module"),
+}
+UNSAFE_METHODS = {"extract", "extractall"}
+# What these keywords must be, wherever they are given
+KEYWORDS = {
+    "trust_remote_code": "False",
+    "use_safetensors": "True",
+    "weights_only": "True",
+    "allow_pickle": "False",
+    "shell": "False",
+    "autoescape": "True",
+}
+
+
+def faults_of(source: str) -> list[str]:
+    """Calls that run, or may run, what they read: `line: what`."""
+    tree = ast.parse(source)
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names]
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            modules = UNSAFE_MODULES & {name.partition(".")[0] for name in names}
+            found += [f"{node.lineno}: import of {module}" for module in sorted(modules)]
+    for call in calls_in(tree):
+        name = name_of_call(call)
+        given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        if name in UNSAFE_CALLS or name.rpartition(".")[2] in UNSAFE_METHODS:
+            found.append(f"{call.lineno}: {name}")
+        found += [
+            f"{call.lineno}: {name}({key}={given[key]})"
+            for key, right in KEYWORDS.items()
+            if key in given and given[key] != right
+        ]
+        needed = {
+            "torch.load": "weights_only",
+            "Environment": "autoescape",
+            "AutoConfig.from_pretrained": "trust_remote_code",
+            "AutoProcessor.from_pretrained": "trust_remote_code",
+            "AutoTokenizer.from_pretrained": "trust_remote_code",
+            "AutoModelForImageTextToText.from_pretrained": "trust_remote_code",
+        }.get(name)
+        if needed and needed not in given:
+            found.append(f"{call.lineno}: {name} without {needed}")
+    return found
+
+
+def sources() -> list[Path]:
+    return [file for part in SOURCE_FOLDERS for file in sorted((ROOT / part).rglob("*.py"))]
+
+
+SOURCE_FOLDERS = ("finetune", "data_formats", "scripts")
+
+
+@pytest.mark.parametrize("file", sources(), ids=lambda file: file.relative_to(ROOT).as_posix())
+def test_no_source_runs_what_it_reads(file: Path) -> None:
+    found = faults_of(file.read_text(encoding="utf-8"))
+    if file.parent.name == "scripts":  # which load models that they made themselves
+        found = [fault for fault in found if not fault.endswith("without trust_remote_code")]
+    assert not found
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from dill import loads",
+        "from torch import load\nimport joblib.numpy_pickle",
+        "eval('1')",
+        "os.system('ls')",
+        "subprocess.run('ls', shell=True)",
+        "torch.load(file)",
+        "torch.load(file, weights_only=False)",
+        "np.load(file, allow_pickle=True)",
+        "yaml.load(text, Loader=yaml.UnsafeLoader)",
+        "tarfile.open(file).extractall()",
+        "archive.extract(member)",
+        "AutoConfig.from_pretrained(folder)",
+        "AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=trusted)",
+        "AutoModelForImageTextToText.from_pretrained(folder, use_safetensors=None, **settings)",
+        "Environment(undefined=StrictUndefined)",
+        "Environment(autoescape=False)",
+    ],
+)
+def test_the_search_finds_what_it_looks_for(source: str) -> None:
+    assert faults_of(source)
+
+
+def test_no_page_lets_text_through_unescaped() -> None:
+    templates = list((ROOT / "finetune").glob("*.j2"))
+    assert len(templates) == 3
+    for template in templates:
+        text = template.read_text(encoding="utf-8")
+        assert not re.search(r"\|\s*safe\b|autoescape|<script|\bon\w+\s*=\s*[\"']", text), template
 
 
 # The recipe.
@@ -233,3 +382,373 @@ def test_a_picture_s_name_shows_where_it_is_and_not_what_lets_one_in(
             load_image(source, HERE)
         assert repr(shown) in str(caught.value)
         assert "pw" not in str(caught.value)
+
+
+# Checkpoints and adapters, pickles among them.
+
+
+@pytest.fixture
+def marker(tmp_path: Path) -> Iterator[Path]:
+    """A file that is written only where something ran that should not; looked for at the end."""
+    path = tmp_path / "something-ran"
+    yield path
+    assert not path.exists()
+
+
+class Trap:
+    """Writes the file once it is unpickled."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (str(self.marker), "w")
+
+
+def pickled(marker: Path) -> bytes:
+    return pickle.dumps(Trap(marker))
+
+
+def saved_by_torch(marker: Path) -> bytes:
+    file = io.BytesIO()
+    torch.save({"weight": Trap(marker)}, file)
+    return file.getvalue()
+
+
+def test_the_trap_is_one(tmp_path: Path) -> None:
+    marker = tmp_path / "something-ran"
+    for load in (
+        lambda: pickle.loads(pickled(marker)),
+        lambda: torch.load(io.BytesIO(saved_by_torch(marker)), weights_only=False),
+    ):
+        load()
+        assert marker.exists()
+        marker.unlink()
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(io.BytesIO(saved_by_torch(marker)), weights_only=True)
+    assert not marker.exists()
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path) -> Path:
+    """A copy of the embedded model, to be tampered with."""
+    folder = tmp_path / "model"
+    shutil.copytree(model_location("nano"), folder)
+    return folder
+
+
+def set_in(file: Path, **values: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize("shard", ["shard.bin", "../shard.safetensors", "/shard.safetensors", 3])
+def test_an_index_that_names_more_than_safetensors_beside_it_is_refused(
+    model_folder: Path, marker: Path, shard: Any
+) -> None:
+    (model_folder / WEIGHTS).rename(model_folder / "other.safetensors")
+    (model_folder / "shard.bin").write_bytes(saved_by_torch(marker))
+    (model_folder / INDEX).write_text(json.dumps({"weight_map": {"weight": shard}}))
+    message = f"names {shard!r}, and weights are read only from"
+    with pytest.raises(ModelError, match=re.escape(message)):
+        load_model(ModelSection(name=str(model_folder)))
+    with pytest.raises(ModelError, match=re.escape(message)):
+        weight_files(model_folder)
+    with pytest.raises(ModelError, match=re.escape(message)):
+        Served.load(model_folder, "model")
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"weight_map": 1}', '{"weight_map": {"a": []}}']
+)
+def test_an_index_that_is_none_is_refused(model_folder: Path, text: str) -> None:
+    (model_folder / INDEX).write_text(text)
+    with pytest.raises(ModelError, match=r"index\.json is no list of weights"):
+        load_model(ModelSection(name=str(model_folder)))
+
+
+def test_a_checkpoint_of_pickles_alone_is_refused(model_folder: Path, marker: Path) -> None:
+    (model_folder / WEIGHTS).rename(model_folder / "other.safetensors")
+    for name in ("pytorch_model.bin", "model.pt", "model.bin", "model.pth"):
+        (model_folder / name).write_bytes(saved_by_torch(marker))
+    with pytest.raises(ModelError, match="its weights cannot be loaded"):
+        load_model(ModelSection(name=str(model_folder)))
+    (model_folder / "other.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"holds no \*\.safetensors weights; .*convert"):
+        load_model(ModelSection(name=str(model_folder)))
+
+
+def test_code_that_comes_with_a_checkpoint_does_not_run(model_folder: Path, marker: Path) -> None:
+    (model_folder / "theirs.py").write_text(f"open({str(marker)!r}, 'w')\nclass Theirs: ...\n")
+    names = ("Config", "Model", "ModelForImageTextToText", "Processor", "Tokenizer")
+    own = {f"Auto{name}": "theirs.Theirs" for name in (*names, "ImageProcessor")}
+    for name in ("config", "processor_config", "tokenizer_config"):
+        set_in(model_folder / f"{name}.json", auto_map=own)
+    (model_folder / "preprocessor_config.json").write_text(json.dumps({"auto_map": own}))
+    section = ModelSection(name=str(model_folder), dtype="float32")
+    assert load_model(section)[0].config.model_type == "idefics2"
+    load_processor(section, NANO_IMAGES)
+    Served.load(model_folder, "model")
+    set_in(model_folder / "config.json", model_type="theirs")  # which no code but theirs knows
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_model(section)
+
+
+def test_attention_code_that_a_checkpoint_names_is_not_fetched(model_folder: Path) -> None:
+    config = json.loads((model_folder / "config.json").read_text())
+    kernel = {"attn_implementation": "somebody/kernel", "_attn_implementation": "somebody/kernel"}
+    for part in (config, config["text_config"], config["vision_config"]):
+        part |= kernel
+    (model_folder / "config.json").write_text(json.dumps(config))
+    found, _ = load_config(ModelSection(name=str(model_folder)))
+    parts = (found, found.text_config, found.vision_config)
+    assert {part._attn_implementation for part in parts} == {None}
+    load_model(ModelSection(name=str(model_folder), dtype="float32"))
+
+
+def test_an_adapter_within_a_base_is_not_applied_unseen(model_folder: Path, marker: Path) -> None:
+    (model_folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    (model_folder / "adapter_model.bin").write_bytes(saved_by_torch(marker))
+    with pytest.raises(ModelError, match="holds an adapter beside the model"):
+        load_model(ModelSection(name=str(model_folder)))
+
+
+@pytest.fixture
+def made(dataset: Callable[..., Path], tmp_path: Path) -> Made:
+    return made_run(dataset(), tmp_path / "run")
+
+
+def uses_of(made: Made, out: Path) -> list[Callable[[], Any]]:
+    """Everything that loads an adapter."""
+    adapter = made.run / "adapter"
+    picture = made.run.parent / "eval0.png"
+    model = load_trainable(made.recipe, made.processor)[0]
+    return [
+        lambda: load_trained(made.recipe, adapter, made.processor),
+        lambda: load_checkpoint(model, adapter),
+        lambda: merge(made.run, out / "merged", console=QUIET),
+        lambda: chat.answer(made.run, [picture], "What is written?"),
+        lambda: evaluate(made.run),
+        lambda: push(made.run, "user/name", dry_run=True, console=QUIET),
+    ]
+
+
+def test_a_pickled_adapter_is_refused_by_every_verb(
+    made: Made, marker: Path, tmp_path: Path
+) -> None:
+    uses = uses_of(made, tmp_path)
+    (made.run / "adapter" / "adapter_model.safetensors").unlink()
+    with pytest.raises(RunDirError, match=r"adapter: adapter_model\.safetensors is missing"):
+        uses[0]()
+    (made.run / "adapter" / "adapter_model.bin").write_bytes(saved_by_torch(marker))
+    for use in uses:
+        with pytest.raises(RunDirError, match=r"adapter_model\.bin is a pickle, .* never read"):
+            use()
+
+
+def test_an_adapter_that_would_load_more_than_matrices_is_refused(
+    made: Made, tmp_path: Path
+) -> None:
+    uses = uses_of(made, tmp_path)
+    for others in (
+        {"peft_type": "PROMPT_TUNING", "tokenizer_kwargs": {"trust_remote_code": True}},
+        {"peft_type": "XLORA", "adapters": {"a": "somebody/adapter"}},
+        {"peft_type": None},
+    ):
+        set_in(made.run / "adapter" / "adapter_config.json", **others)
+        for use in uses:
+            with pytest.raises(RunDirError, match=rf"peft_type is {others['peft_type']!r}, and"):
+                use()
+
+
+def test_of_an_adapter_on_the_hub_only_data_are_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    safe = {"adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"}
+    unsafe = ("adapter_model.bin", "theirs.py", "optimizer.pt", "training_args.bin", "a.pkl")
+    with Hub() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        repo = hub.repos.setdefault("user/name", Repo(private=False))
+        repo.branches["main"] |= dict.fromkeys((*safe, *unsafe, "recipe.yaml"), b"{}")
+        run = fetch_run("hub://user/name")
+    assert {file.name for file in (run / "adapter").iterdir()} == safe
+    assert not [path for name in unsafe for path in tmp_path.rglob(name)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_tampered_checkpoint_is_not_gone_on_from_and_a_pickle_in_it_never_runs(
+    dataset: Callable[..., Path], tmp_path: Path, marker: Path, name: str
+) -> None:
+    recipe = str(dataset(num_eval=0, training={"save_steps": 2, "max_steps": 4}))
+    train(recipe)
+    (last,) = sorted((tmp_path / "run" / "checkpoints").glob("checkpoint-4"))
+    set_in(last / "trainer_state.json", global_step=3)  # so that there is something left to do
+    (last / name).write_bytes(saved_by_torch(marker))
+    assert fault_of(last)
+    # whoever can write there can write the manifest, too
+    aside = last.with_name("aside")
+    last.rename(aside)
+    (aside / "manifest.json").unlink()
+    settle(aside, last)
+    assert fault_of(last) is None
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        train(recipe, resume=True)
+
+
+def test_the_library_loads_what_it_saved_for_resuming_as_weights_alone() -> None:
+    """Optimizer, schedule and random numbers of our own checkpoints."""
+    library = Path(transformers.__file__).parent
+    found = 0
+    for file in ("trainer.py", "trainer_utils.py", "modeling_utils.py"):
+        for call in calls_in(ast.parse((library / file).read_text(encoding="utf-8"))):
+            if name_of_call(call) != "torch.load":
+                continue
+            found += 1
+            given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+            assert given["weights_only"] in ("True", "weights_only"), f"{file}:{call.lineno}"
+    assert found >= 10
+
+
+# Data files.
+
+
+ROW = {"question": "What?", "answer": "A7"}
+
+
+def tar_of(members: dict[str, bytes]) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return file.getvalue()
+
+
+def table_of(data: bytes, metadata: dict[bytes, bytes] | None = None) -> pa.Table:
+    field = pa.field("image", pa.binary(), metadata=metadata)
+    schema = pa.schema([field, pa.field("question", pa.string()), pa.field("answer", pa.string())])
+    return pa.table([[data], ["What?"], ["A7"]], schema=schema)
+
+
+def arrow_files(trap: bytes) -> dict[str, bytes]:
+    """A pickle as a picture, and one in the place where pyarrow once kept pickled types."""
+    extension = {b"ARROW:extension:name": b"arrow.py_extension_type"}
+    extension[b"ARROW:extension:metadata"] = trap
+    found = {}
+    for name, table in (("picture", table_of(trap)), ("type", table_of(trap, extension))):
+        sink = io.BytesIO()
+        pq.write_table(table, sink)
+        found[f"{name}.parquet"] = sink.getvalue()
+        sink = io.BytesIO()
+        with pa.ipc.new_stream(sink, table.schema) as out:
+            out.write_table(table)
+        found[f"{name}.arrow"] = sink.getvalue()
+    return found
+
+
+def object_array(marker: Path) -> bytes:
+    file = io.BytesIO()
+    np.save(file, np.array([Trap(marker)], dtype=object), allow_pickle=True)
+    return file.getvalue()
+
+
+def data_files(marker: Path) -> dict[str, bytes]:
+    """Traps under every name that a reader might open, and within what is read."""
+    traps = {"pickle": pickled(marker), "torch": saved_by_torch(marker)}
+    traps["numpy"] = object_array(marker)
+    foreign = (".pkl", ".pickle", ".pt", ".pth", ".npy", ".npz", ".bin", ".joblib", ".png")
+    known = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".tar", ".tgz", ".jsonl.gz")
+    files = {
+        f"{kind}{suffix}": trap for kind, trap in traps.items() for suffix in (*foreign, *known)
+    }
+    members = {
+        f"0.{name}": trap
+        for name in ("pyd", "pickle", "pkl", "pth", "pt", "npy", "npz", "cbor", "mp", "ten", "cls")
+        for trap in (traps["pickle"],)
+    }
+    row = json.dumps(ROW | {"image": "0.png"}).encode()
+    for kind, trap in traps.items():
+        members |= {f"0.{kind}.npy": traps["numpy"], "0.json": row, "0.png": trap}
+        files[f"{kind}-members.tar"] = tar_of(members)
+        encoded = base64.b64encode(trap).decode()
+        for how, image in (("uri", f"data:image/png;base64,{encoded}"), ("path", f"{kind}.png")):
+            files[f"{kind}-{how}.jsonl"] = json.dumps(ROW | {"image": image}).encode()
+        files |= {f"{kind}-{name}": data for name, data in arrow_files(trap).items()}
+    files["code.py"] = f"open({str(marker)!r}, 'w')".encode()
+    return files
+
+
+def test_no_data_file_is_unpickled_or_run_whatever_it_is_called(
+    tmp_path: Path, marker: Path
+) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    files = data_files(marker)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    read = 0
+    for name in files:
+        columns = {"image": "image", "question": "question", "answer": "answer"}
+        settings = {"path": str(folder / name), "format": "columns", "columns": columns}
+        data = DataSection(train=(make_source(settings),))
+        try:
+            source = open_source(data.train[0], data, tmp_path / "cache")
+        except DataError:
+            continue
+        for where, row in source.rows(0, len(source)):
+            if isinstance(row, DataError):
+                continue
+            (image,) = row.conversation.images()
+            with pytest.raises(DataError, match=r"pickle|PyTorch file|NumPy array"):
+                load_image(image.source, row.image_access)
+            read += 1
+            assert where
+    assert read == 3 * 7  # a tar, two .jsonl, two .parquet and two .arrow of each
+
+
+def test_a_script_in_place_of_a_dataset_is_not_run(
+    tmp_path: Path, marker: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "theirs.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    data = DataSection(train=(DataSource(hub="theirs", split="train"),))
+    with pytest.raises(DataError):
+        open_source(data.train[0], data, tmp_path / "cache")
+
+
+# Chat templates.
+
+
+TALK = parse_chat(chat_row("What?", "A7"))
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "reaches for Python's insides"),
+        ("{{ '{0.__class__.__mro__}'.format('') }}", "reaches for Python's insides"),
+        ("{{ cycler.__init__.__globals__.os.system('touch MARK') }}", "Python's insides"),
+        ("{{ lipsum.__globals__.os.system('touch MARK') }}", "Python's insides"),
+        ("{{ messages.append(1) }}", "reaches for Python's insides"),
+        ("{% for i in range(999999999) %}{% endfor %}", "fails (OverflowError: Range too big"),
+        ("{% include '/etc/passwd' %}", "fails (TypeError: no loader"),
+        ("{{ 1 / 0 }}", "fails (ZeroDivisionError"),
+        ("{{ messages[99].role.x }}", "refuses this order of turns"),
+        ("{% if %}", "refuses this order of turns"),
+    ],
+)
+def test_a_template_that_wants_more_than_text_is_refused(
+    template: str, message: str, model_folder: Path, marker: Path
+) -> None:
+    (model_folder / "chat_template.jinja").write_text(template.replace("MARK", str(marker)))
+    section = ModelSection(name=str(model_folder), dtype="float32")
+    processor, _ = load_processor(section, NANO_IMAGES)
+    with pytest.raises(DataError, match=re.escape(message)):
+        Renderer(processor, FAMILIES["idefics2"]).render(TALK, ())

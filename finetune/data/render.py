@@ -12,11 +12,17 @@ from functools import cached_property
 from typing import Any
 
 from jinja2 import TemplateError
+from jinja2.exceptions import SecurityError
 
 from data_formats.chat import Conversation, Image, Message, Text
 from finetune.data.views import ImagePlan
 from finetune.errors import DataError
 from finetune.families.family import Family
+
+TEMPLATE_FAULTS = (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError)
+"""What a chat template, a program of whoever made the checkpoint, may fail with besides Jinja's own
+errors: 1 / 0, or a range beyond the sandbox's limit.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +110,19 @@ class Renderer:
                 add_generation_prompt=add_generation_prompt,
                 **self.family.template_variables,
             )
+        except SecurityError as error:
+            raise DataError(
+                "the model's chat template reaches for Python's insides, which its sandbox refuses "
+                f"({error}); do not trust this checkpoint"
+            ) from error
         except TemplateError as error:
             raise DataError(
                 f"the model's chat template refuses this order of turns: {error}"
+            ) from error
+        except TEMPLATE_FAULTS as error:
+            raise DataError(
+                f"the model's chat template fails ({type(error).__name__}: {str(error)[:200]}); "
+                "use the template that belongs to the model"
             ) from error
 
     def _tokenise(

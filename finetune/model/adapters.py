@@ -18,8 +18,10 @@ from finetune.families.family import Family, Part
 from finetune.model.parts import part_of, target_pattern
 from finetune.model.quantize import is_quantized
 from finetune.recipe import AdapterSection, Recipe
+from finetune.rundir import read_json
 
 IMAGE_SETTINGS = "image_settings.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def add_adapter(
@@ -189,7 +191,7 @@ def load_adapter(model: Any, folder: Path, recipe: Recipe) -> PeftModel:
     Raises `RunDirError` where there is none, where it was trained with other image settings than
     the recipe's, or where weights of it are missing or of another shape than the model's.
     """
-    refuse_unfinished(folder, "adapter_config.json", recipe)
+    refuse_unfinished(folder, ADAPTER_CONFIG, recipe)
     with warnings.catch_warnings():
         # with a warning alone PEFT leaves adapters random that it does not find
         warnings.filterwarnings("error", message="Found missing adapter keys")
@@ -241,6 +243,8 @@ def refuse_unfinished(folder: Path, file: str, recipe: Recipe) -> None:
         raise RunDirError(
             f"{folder}: no adapter there; the run has not finished (finetune train ... --resume)"
         )
+    if file == ADAPTER_CONFIG:
+        refuse_foreign_adapter(folder)
     settings_file = folder / IMAGE_SETTINGS
     if settings_file.is_file():
         trained = json.loads(settings_file.read_text(encoding="utf-8"))
@@ -250,6 +254,25 @@ def refuse_unfinished(folder: Path, file: str, recipe: Recipe) -> None:
                 f"{recipe.images.model_dump()}; "
                 "use the settings it was trained with"
             )
+
+
+def refuse_foreign_adapter(folder: Path) -> None:
+    """Raise `RunDirError` where PEFT would read more than LoRA matrices from safetensors: it takes
+    a pickle where there are none, and other methods name further files, models and tokenizers.
+    """
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        found = "adapter_model.bin is a pickle, which may hold code and is never read; "
+        raise RunDirError(
+            f"{folder}: {found if (folder / 'adapter_model.bin').is_file() else ''}"
+            f"{ADAPTER_WEIGHTS} is missing; save the adapter again by a PEFT of today"
+        )
+    config = read_json(folder / ADAPTER_CONFIG)
+    method = config.get("peft_type") if isinstance(config, dict) else None
+    if method != "LORA":
+        raise RunDirError(
+            f"{folder / ADAPTER_CONFIG}: peft_type is {method!r}, and only LORA is loaded, which "
+            "finetune train makes; train it again"
+        )
 
 
 def require_grad_on_language_inputs_only(model: Any) -> None:

@@ -16,7 +16,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from finetune.errors import ModelError
-from finetune.model.load import model_location
+from finetune.model.load import model_location, shards_of
 from finetune.recipe import ModelSection
 
 WEIGHTS = "model.safetensors"
@@ -69,11 +69,8 @@ def checkpoint_folder(model: ModelSection) -> Path:
 
 def weight_files(folder: Path) -> list[str]:
     """The names of a checkpoint's weight files, in the order of its index. Raises `ModelError`."""
-    if (folder / INDEX).is_file():
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        names = list(dict.fromkeys(index["weight_map"].values()))
-    else:
-        names = [WEIGHTS]
+    index = folder / INDEX
+    names = shards_of(index, str(folder)) if index.is_file() else [WEIGHTS]
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise ModelError(f"{folder}: {missing[0]} is missing; download the whole model")
     return names

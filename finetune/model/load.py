@@ -2,6 +2,7 @@
 the Hub is never run.
 """
 
+import json
 import logging
 import warnings
 from importlib.resources import files
@@ -10,7 +11,10 @@ from typing import Any, cast
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file
+from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from finetune.errors import ModelError
 from finetune.families import FAMILIES, family_of
@@ -59,6 +63,8 @@ def load_config(model: ModelSection) -> tuple[Any, Family]:
         )
     if reason := _quantized_for_good(config) or family.untrainable(config):
         raise ModelError(f"{model.name}: {reason}")
+    # A checkpoint may name attention code of the Hub, where the library would fetch it
+    config._attn_implementation = None
     family.adjust_config(config)
     return config, family
 
@@ -155,6 +161,7 @@ def load_model(model: ModelSection) -> tuple[Any, Family]:
             f"{model.name}: holds no *.safetensors weights; download the whole model, or convert "
             "its weights"
         )
+    refuse_foreign_weights(model)
     try:
         # a pair because of output_loading_info, which the declared type does not know
         loaded, info = cast(Any, AutoModelForImageTextToText).from_pretrained(
@@ -196,6 +203,52 @@ def load_model(model: ModelSection) -> tuple[Any, Family]:
         take_packed_views(loaded, family)
     follow_layouts(loaded)
     return loaded, family
+
+
+def refuse_foreign_weights(model: ModelSection) -> None:
+    """Raise `ModelError` where the library would read more than safetensors of the checkpoint,
+    although it is told to: shards that the index calls otherwise, and an adapter beside them.
+    """
+
+    def find(name: str) -> str | None:
+        return cached_file(
+            model_location(model.name),
+            name,
+            revision=model.revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+        )
+
+    if find(ADAPTER_CONFIG_NAME):
+        raise ModelError(
+            f"{model.name}: holds an adapter beside the model ({ADAPTER_CONFIG_NAME}), which would "
+            "be part of the base unseen; merge it first, or take a copy without it"
+        )
+    if index := find(SAFE_WEIGHTS_INDEX_NAME):
+        shards_of(Path(index), model.name)
+
+
+def shards_of(index: Path, shown: str) -> list[str]:
+    """The weight files that an index names, each once. Raises `ModelError` for any that is not a
+    safetensors file beside it: others are pickles, or lead out of the folder.
+    """
+    try:
+        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        names = list(dict.fromkeys(found))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{shown}: {index.name} is no list of weights ({_first_line(error)}); download it again"
+        ) from error
+    for name in names:
+        if not (
+            isinstance(name, str) and name.endswith(".safetensors") and name == Path(name).name
+        ):
+            raise ModelError(
+                f"{shown}: {index.name} names {name!r}, and weights are read only from "
+                "*.safetensors beside it: other files may hold code; convert the weights"
+            )
+    return names
 
 
 def best_device() -> torch.device:

@@ -19,6 +19,7 @@ from finetune.model.adapters import (
     add_adapter,
     load_adapter,
     part_of_weight,
+    refuse_foreign_adapter,
     refuse_unfinished,
 )
 from finetune.model.load import EMBEDDED, load_model
@@ -154,8 +155,12 @@ def load_trained(recipe: Recipe, folder: Path, processor: Any) -> Loaded:
 
 
 def load_checkpoint(model: Any, checkpoint: Path) -> None:
-    """Put a checkpoint's trained weights into a model that `load_trainable` made."""
+    """Put a checkpoint's trained weights into a model that `load_trainable` made.
+
+    Raises `RunDirError` or `ModelError` where they are none of ours.
+    """
     if isinstance(model, PeftModel):
+        refuse_foreign_adapter(checkpoint)
         set_peft_model_state_dict(model, load_peft_weights(str(checkpoint), device="cpu"))
         return
     # Loaded as a model and not as a file: checkpoints keep the layout that the Hub has, which the

@@ -9,6 +9,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import AddedToken
 
+from finetune.data.render import TEMPLATE_FAULTS
 from finetune.errors import ModelError
 from finetune.model.load import load_config
 from finetune.recipe import Recipe
@@ -54,7 +55,7 @@ def _refuse_words_of_template(processor: Any, recipe: Recipe) -> None:
                 for role, content in (("user", question), ("assistant", [say]))
             )
             for asks in (False, True):
-                with suppress(TemplateError):  # many templates know no system
+                with suppress(TemplateError, *TEMPLATE_FAULTS):  # many templates know no system
                     texts.append(
                         processor.apply_chat_template(
                             [*start, user, answer, user] if asks else [*start, user, answer],
