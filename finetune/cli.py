@@ -87,14 +87,13 @@ def train(
         )
     if not dry_run and not rank:
         check_run_dir(loaded.output.dir, resume=resume, overwrite=overwrite)
-    if (processes or 1) > num_processes:
-        from finetune.launch import launch
+    from finetune.launch import end_with_the_launcher, launch, num_nodes
 
+    if processes and processes * num_nodes() > num_processes:
         flags = {"--resume": resume, "--overwrite": overwrite}
         flags |= {"--dry-run": dry_run, "--worst-first": worst_first}
         given = [flag for flag, is_set in flags.items() if is_set]
-        raise typer.Exit(launch(["train", recipe, *overrides, *given], processes or 1))
-    from finetune.launch import end_with_the_launcher
+        raise typer.Exit(launch(["train", recipe, *overrides, *given], processes))
     from finetune.train import train as run_train
 
     end_with_the_launcher()

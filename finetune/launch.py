@@ -1,4 +1,4 @@
-"""A run in several processes on this machine, by torch's own launcher."""
+"""A run in several processes, on this machine or as one of several, by torch's own launcher."""
 
 import ctypes
 import os
@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from finetune.errors import RecipeError
+
 _PR_SET_PDEATHSIG = 1
 RESUME_ME = 75  # as in finetune.callbacks, which needs torch
 
@@ -16,10 +18,11 @@ LAUNCHED = "FINETUNE_LAUNCHED"
 
 
 def launch(arguments: Sequence[str], num_processes: int) -> int:
-    """Run `python -m finetune` with these arguments in so many processes; 0, or the exit code of
-    the first that failed.
+    """Run `python -m finetune` with these arguments in so many processes on this machine; 0, or the
+    exit code of the first that failed, which torchrun keeps to itself.
 
-    Signals go on to the processes, which end in good order by themselves.
+    Several machines find each other by torchrun's own variables: PET_NNODES, PET_RDZV_ENDPOINT and
+    PET_RDZV_ID. Signals go on to the processes, which end in good order by themselves.
     """
     import torch
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -31,13 +34,14 @@ def launch(arguments: Sequence[str], num_processes: int) -> int:
             "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes))
         )
     os.environ[LAUNCHED] = "1"
+    own_id = "finetune" if num_nodes() > 1 else str(os.getpid())
     config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
+        min_nodes=num_nodes(),
+        max_nodes=num_nodes(),
         nproc_per_node=num_processes,
-        run_id=str(os.getpid()),
+        run_id=os.environ.get("PET_RDZV_ID") or own_id,
         rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
+        rdzv_endpoint=os.environ.get("PET_RDZV_ENDPOINT") or "localhost:0",
         max_restarts=0,
         signals_to_handle="SIGHUP,SIGQUIT",
     )
@@ -52,6 +56,22 @@ def launch(arguments: Sequence[str], num_processes: int) -> int:
             # a signal that came before a process knew what to do with it
             return RESUME_ME if -code in told and -code != signal.SIGINT else 128 - code
     return 0
+
+
+def num_nodes() -> int:
+    """Machines that work on the run. Raises `RecipeError` where they could not find each other."""
+    text = os.environ.get("PET_NNODES") or "1"
+    if not text.isdigit() or not int(text):
+        raise RecipeError(
+            f"PET_NNODES: {text!r}; expected a number of machines, which stays the same all "
+            "through a run"
+        )
+    if int(text) > 1 and not os.environ.get("PET_RDZV_ENDPOINT"):
+        raise RecipeError(
+            f"PET_NNODES: {text} machines find each other at the address of one of them; set "
+            "PET_RDZV_ENDPOINT, such as node-1:29500"
+        )
+    return int(text)
 
 
 def end_with_the_launcher() -> None:

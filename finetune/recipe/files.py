@@ -13,6 +13,10 @@ from finetune.recipe.syntax import MAX_BYTES
 HUB_ID = re.compile(r"[\w-][\w.-]{0,95}(/[\w-][\w.-]{0,95})?", re.ASCII)
 
 
+LAUNCH = "launch"
+"""The folder beside the recipes with accelerate's configurations."""
+
+
 def recipes_dir() -> Path:
     """The shipped recipes: inside the package once installed, beside it in a checkout."""
     package = Path(__file__).resolve().parent.parent
@@ -24,7 +28,9 @@ def shipped_recipes() -> dict[str, Path]:
     """File by name, such as `nano/digits`."""
     folder = recipes_dir()
     files = {
-        path.relative_to(folder).with_suffix("").as_posix(): path for path in folder.rglob("*.yaml")
+        path.relative_to(folder).with_suffix("").as_posix(): path
+        for path in folder.rglob("*.yaml")
+        if path.parent != folder / LAUNCH
     }
     return dict(sorted(files.items()))
 
