@@ -2,13 +2,14 @@
 # make test         installs what is missing, runs the fast tests (test-slow: the others)
 # make check        format, lint, types, generated files
 # make bench        training here and by plain TRL, into docs/performance.md; about an hour
+# make fuzz         odd recipes, rows and pictures, into docs/security.md; ten minutes
 
 PYTHON ?= python3
 BIN := .venv/bin
 # Two test processes of one thread each use two cores better than one of two
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
 
-.PHONY: quickstart install dev test test-slow check bench docs clean
+.PHONY: quickstart install dev test test-slow check bench fuzz docs clean
 
 # One thread: nano is too small for more, and slower with two
 quickstart: install
@@ -49,6 +50,11 @@ check: dev
 # Seconds are compared, so nothing else should run meanwhile
 bench: dev
 	$(BIN)/python -m scripts.bench_train --out docs/performance.md --results docs/performance.json
+
+# Without atheris, of which not every Python has a build, inputs are changed at random
+fuzz: dev
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
+	$(BIN)/python -m scripts.fuzz --seconds 180 --out docs/security.md
 
 docs: dev
 	$(BIN)/python -m finetune.recipe.docs

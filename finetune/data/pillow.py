@@ -82,9 +82,13 @@ def to_rgb_or_grey(image: Image.Image) -> Image.Image:
     if image.mode.startswith(
         "I"
     ):  # I;16, I;16B, I;16L and the 32-bit I that 16-bit files once opened as
-        values = np.asarray(image, dtype=np.int64).clip(0, 65535)
-        # 257 = 65535 / 255: the brightest 16-bit grey becomes 255
-        return Image.fromarray((values / 257).round().astype(np.uint8))
+        values = np.asarray(image)
+        greys = np.empty(values.shape, np.uint8)
+        for start in range(0, len(values), 256):  # all at once would take eight times the picture
+            rows = slice(start, start + 256)
+            # 257 = 65535 / 255: the brightest 16-bit grey becomes 255
+            greys[rows] = (values[rows].clip(0, 65535) / 257).round()
+        return Image.fromarray(greys)
     if (
         "A" in image.getbands()
         or "a" in image.getbands()

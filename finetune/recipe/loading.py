@@ -252,8 +252,12 @@ def _without(raw: dict[str, Any], broken: Sequence[tuple[str | int, ...]]) -> di
         for name, value in raw.items()
         if (name,) in sections
     }
-    kept["model"] = {"name": "nano"} | (kept.get("model") or {})
-    kept["data"] = {"train": [{"hub": "stand/in"}]} | (kept.get("data") or {})
+    for name, stand_in in (
+        ("model", {"name": "nano"}),
+        ("data", {"train": [{"hub": "stand/in"}]}),
+    ):
+        section = kept.get(name)  # no mapping where a fault of the whole hid what is wrong with it
+        kept[name] = stand_in | (section if isinstance(section, dict) else {})
     return kept
 
 

@@ -47,6 +47,7 @@ EXPECTED = {
     "float_type": "a number",
     "finite_number": "a finite number",
     "string_type": "text",
+    "string_unicode": "text of whole characters",
     "bool_type": "true or false",
     "dict_type": "a mapping (key: value)",
     "model_type": "a mapping (key: value)",
