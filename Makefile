@@ -36,9 +36,11 @@ dev: .venv/installed-dev
 test: dev
 	$(PYTEST) -m "not slow and not gpu"
 
-# Whole trainings, one after the other: each uses both cores
+# Whole trainings; a file's stay together, for what they share. Those that look at the clock come
+# after the others, by themselves
 test-slow: dev
-	$(BIN)/python -m pytest -q -m "slow and not gpu"
+	$(PYTEST) --dist loadfile -m "slow and not gpu and not alone"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "alone and not gpu"
 
 check: dev
 	$(BIN)/ruff format --check .

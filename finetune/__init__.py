@@ -9,8 +9,8 @@ on that line, and from any line above it in this list; never from a line below.
     recipe.schema  recipe.loading
     recipe.copying
     recipe  recipe.docs  rundir  checkpoints  hub
-    data  data.signatures  data.truncation  data.pdf  data.downloads  data.pillow  data.images
-    data.views  data.packed_views
+    data  data.signatures  data.truncation  data.pdf  data.downloads  data.patience  data.pillow
+    data.images  data.views  data.packed_views
     families.family  families.idefics2  families.idefics3  families.smolvlm
     families.llava  families.mantis  families.mllama  families.idefics
     families
@@ -27,7 +27,8 @@ on that line, and from any line above it in this list; never from a line below.
     data.collate  data.streaming
     model  model.parts  model.compiling  model.quantize  model.varlen  model.vision
     model.attention  model.load
-    model.vocabulary  model.adapters  model.vision_cache  model.lora  model.pissa  model.methods
+    model.vocabulary  model.adapters  model.vision_cache  model.lora  model.pissa
+    model.sharding  model.methods
     model.optimizer  model.generate  model.loss
     model.checkpoint_files  model.merging
     model.tracing  model.kernels  model.memory  model.planned
@@ -36,10 +37,11 @@ on that line, and from any line above it in this list; never from a line below.
     environment
     charts  run_charts  gallery  report  watching
     checking  check_page  preview_page
-    resuming  findings  callbacks  trainer
+    resuming  findings  callbacks  arguments  row_numbers  stream_progress  bad_steps
+    out_of_memory  trainer
     sides  asking  judging  preparation  data_summary  vision_cache_plan  planning  fitting
     training
-    requirements  verifying  answering  serving  card  suites
+    engines  requirements  verifying  answering  serving  card  suites
     tables
     train  merge  serve  evaluate  push  chat  check  preview  convert  plan  score  compare
     launch

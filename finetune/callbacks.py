@@ -3,7 +3,6 @@ signal.
 """
 
 import json
-import math
 import signal
 import time
 from types import FrameType
@@ -14,7 +13,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 
 from finetune.environment import peak_memory_gib
-from finetune.errors import ModelError
 from finetune.metrics import title_of
 from finetune.processes import any_of_all, is_first, sum_of_all, wait_for_all
 from finetune.recipe import METRICS, EvaluationSection
@@ -36,6 +34,7 @@ class MetricsFile(TrainerCallback):
         self._started = 0.0
         self._last = {"seconds": 0.0, "samples": 0}
         self._samples_before = 0  # the process began, in the run
+        self._oom_splits_before = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock, and drop what an interrupted run wrote past the checkpoint that this one
@@ -47,6 +46,7 @@ class MetricsFile(TrainerCallback):
             write_jsonl(self.run.metrics, kept)
         self._last = next((line for line in reversed(kept) if "samples" in line), self._last)
         self._samples_before = self._last["samples"]
+        self._oom_splits_before = self._last.get("oom_splits", 0)
         self.trainer._total_train_tokens = self._last.get("num_tokens", 0)  # TRL's, from anew
         self._started = time.perf_counter() - self._last["seconds"]
 
@@ -61,13 +61,13 @@ class MetricsFile(TrainerCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """A line for a logging step (`loss`) or an evaluation (`eval_loss`); the closing summary is
-        not one.
+        """A line for a logging step (`loss`, or only `skipped_steps` where all were) or an
+        evaluation (`eval_loss`); the closing summary is not one.
         """
-        if not logs or not {"loss", "eval_loss"} & logs.keys():
+        if not logs or not {"loss", "skipped_steps", "eval_loss"} & logs.keys():
             return
         line = {"step": state.global_step, **logs}
-        if "loss" in logs:
+        if "eval_loss" not in logs:
             seconds = time.perf_counter() - self._started - self.trainer.seconds_evaluated
             seen = sum_of_all(self.trainer.num_samples_seen, args.device)
             samples = self._samples_before + seen
@@ -78,6 +78,8 @@ class MetricsFile(TrainerCallback):
                 "samples_per_second": round((samples - self._last["samples"]) / elapsed, 3),
                 "peak_memory_gib": round(peak_memory_gib(), 3),
             }
+            if splits := self._oom_splits_before + self.trainer.num_oom_splits:
+                line["oom_splits"] = splits
             self._last = line
         if not is_first():
             return
@@ -139,21 +141,6 @@ class ProgressDisplay(TrainerCallback):
     def close(self) -> None:
         """Leave the bar standing, and give the cursor back."""
         self.bar.stop()
-
-
-class StopOnDivergence(TrainerCallback):
-    """Ends a run whose loss is no number any more: the steps after it would train nothing."""
-
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        """Raise `ModelError`, naming the step and what helps."""
-        if not math.isfinite((logs or {}).get("loss", 0.0)):
-            raise ModelError(
-                f"the loss at step {state.global_step} is {(logs or {})['loss']}: training has "
-                "diverged; lower training.learning_rate, raise training.warmup_ratio, or set "
-                "model.dtype: float32, and start again with --overwrite"
-            )
 
 
 class Patience(TrainerCallback):

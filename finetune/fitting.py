@@ -34,6 +34,13 @@ class Way:
     peak_bytes: int
     fits: bool
 
+    def in_words(self) -> str:
+        """The settings, as they are typed behind a recipe's name."""
+        return " ".join(
+            f"{name}={str(value).lower() if isinstance(value, bool) else value}"
+            for name, value in self.settings.items()
+        )
+
 
 def ways_to_fit(planner: Planner, limit_bytes: int) -> list[Way]:
     """Settings under which the heaviest batch would fit, the cheapest first: single ones, and where

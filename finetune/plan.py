@@ -192,12 +192,7 @@ def _verdict(result: PlanResult) -> Iterator[str]:
     else:
         yield "this would make it fit:"
     for way in result.ways:
-        settings = " ".join(f"{name}={_as_typed(value)}" for name, value in way.settings.items())
-        yield f"  {settings}  ({way.peak_bytes / 2**30:.1f} GiB; {way.costs})"
-
-
-def _as_typed(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+        yield f"  {way.in_words()}  ({way.peak_bytes / 2**30:.1f} GiB; {way.costs})"
 
 
 def _in_flops(flops: float) -> str:

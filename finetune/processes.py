@@ -22,6 +22,21 @@ def is_first() -> bool:
     return process()[0] == 0
 
 
+def engine() -> str:
+    """What accelerate trains several processes with, as the environment tells it: ddp, fsdp, or
+    zero with its stage.
+    """
+    if _is_set("ACCELERATE_USE_FSDP"):
+        return "fsdp"
+    if _is_set("ACCELERATE_USE_DEEPSPEED"):
+        return f"zero{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', 2)}"
+    return "ddp"
+
+
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "").lower() == "true"
+
+
 def wait_for_all() -> None:
     """Until every process has come here."""
     if process()[1] > 1:
@@ -54,6 +69,24 @@ def sum_of_all(number: int, device: torch.device) -> int:
     told = torch.tensor(number, device=device)
     torch.distributed.all_reduce(told)
     return int(told)
+
+
+def mean_of_all(number: float, device: torch.device) -> float:
+    """Over all processes; all have to ask."""
+    if process()[1] == 1:
+        return number
+    told = torch.tensor(number, device=device)
+    torch.distributed.all_reduce(told)
+    return float(told) / process()[1]
+
+
+def lists_of_all(mine: list[Any]) -> list[Any]:
+    """What every process has, one list after the other; all have to ask."""
+    if process()[1] == 1:
+        return mine
+    told: list[Any] = [None] * process()[1]
+    torch.distributed.all_gather_object(told, mine)
+    return [each for one in told for each in one]
 
 
 def _state() -> Any:

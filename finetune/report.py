@@ -86,6 +86,13 @@ def gather(run: RunDir) -> dict[str, Any]:
         notes.append(
             f"The loss was no number at {num_bad} logged steps; the curve leaves them out."
         )
+    if num_skipped := last_count(log, "skipped_steps"):
+        notes.append(
+            f"{num_skipped} steps were left out, as their loss was no number or a spike; "
+            f"{run.bad_steps / 'steps.jsonl'} has their rows."
+        )
+    if num_splits := last_count(log, "oom_splits"):
+        notes.append(f"Batches that did not fit into the memory were halved {num_splits} times.")
     sides = {side: found for side in SIDES if (found := numbers(figures.get(side)))}
     return {
         "name": run.path.resolve().name,
@@ -195,6 +202,12 @@ def read_rows(path: Path, notes: list[str]) -> list[Row]:
             f"{path.name}: unreadable lines left out: {len(bad)}, the first is line {bad[0]}."
         )
     return rows
+
+
+def last_count(log: Sequence[Row], name: str) -> int:
+    """What the last line that has it says of a count that only grows; 0 for none."""
+    counts = [int(count) for row in log if (count := number(row.get(name))) is not None]
+    return counts[-1] if counts else 0
 
 
 def numbers(value: Any) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """What a recipe asks of this version, this machine and its packages, where it is not there."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def refuse_what_cannot_run(recipe: Recipe, source: str) -> None:
     None of them is passed over in silence.
     """
     refuse_a_lonely_launch()
-    problems = list(_not_for_several(recipe))
+    problems: list[str] = []
     training, on_gpu = recipe.training, torch.cuda.is_available()
     if recipe.model.dtype == "bfloat16" and on_gpu and not torch.cuda.is_bf16_supported():
         problems.append("model.dtype: bfloat16 is not computed by this GPU; set float16")
@@ -44,19 +44,6 @@ def refuse_what_cannot_run(recipe: Recipe, source: str) -> None:
     problems += missing(_packages(recipe))
     if problems:
         raise RecipeError(summarise_problems(source, problems))
-
-
-def _not_for_several(recipe: Recipe) -> Iterator[str]:
-    """What several processes cannot do yet: each holds a whole model (DDP)."""
-    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
-        return
-    for engine in ("FSDP", "DEEPSPEED"):
-        if os.environ.get(f"ACCELERATE_USE_{engine}") == "true":
-            yield f"{engine} is not available in this version; start the processes without it"
-    if any(source.streaming for source in recipe.data.train):
-        yield "data.train: streaming is not available in several processes; leave it out"
-    if recipe.training.vision_cache_bytes:
-        yield "training.vision_cache: not available in several processes; set it to off"
 
 
 def refuse_a_lonely_launch() -> None:

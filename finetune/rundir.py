@@ -29,6 +29,7 @@ class RunDir:
         self.changed = self.path / "changed.jsonl"
         self.data = self.path / "data.json"
         self.charts = self.path / "charts"
+        self.bad_steps = self.path / "bad_steps"
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
         self.evaluation = self.path / "evaluation"

@@ -11,6 +11,7 @@ from finetune.callbacks import StopOnSignal
 from finetune.checkpoints import drop_newer, last_whole
 from finetune.data.sampling import was_worst_first
 from finetune.data_summary import data_summary
+from finetune.engines import use_engine
 from finetune.environment import environment, peak_memory_gib
 from finetune.errors import RecipeError
 from finetune.judging import Judgement, judge
@@ -24,12 +25,13 @@ from finetune.model.methods import (
     pissa_start,
     save_trained,
 )
+from finetune.model.sharding import whole_weights
 from finetune.model.vision_cache import keeping_features, stage_to_keep
 from finetune.preparation import (
     cache_of,
     write_lists,
 )
-from finetune.processes import first_before_others, is_first, process, wait_for_all
+from finetune.processes import engine, first_before_others, is_first, process, wait_for_all
 from finetune.recipe import Recipe, dump_recipe, recipe_warnings
 from finetune.report import write_report
 from finetune.requirements import refuse_what_cannot_run
@@ -50,13 +52,13 @@ from finetune.rundir import (
     write_text,
 )
 from finetune.sides import Sides, free_memory, sides_of_adapted, sides_of_run
+from finetune.stream_progress import read_num_streamed
 from finetune.tables import (
     dry_run_table,
     messages_console,
     print_summary,
     results_console,
 )
-from finetune.trainer import read_stream_state
 from finetune.training import Prepared, answer_figures, epoch_batches, prepare, run_trainer
 
 
@@ -79,6 +81,7 @@ def train(
     and messages, `results` the table.
     Raises `FinetuneError` for what the user can mend, before anything is written.
     """
+    recipe = use_engine(recipe, source, dry_run=dry_run)
     console = (console or messages_console()) if is_first() else Console(quiet=True)
     results = (results or results_console()) if is_first() else Console(quiet=True)
     quiet_libraries()
@@ -180,12 +183,15 @@ def _train_and_save(
         done = _train(prepared, model, done, resume, stop, console)
     if stop.exit_code is not None:
         return done
+    in_shares = engine() != "ddp" and trainable > 0
+    weights = whole_weights(model) if in_shares else None
     if is_first():
         with replacing(run.adapter) as folder:
             start = pissa_file if is_pissa else None
-            save_trained(model, encoder.processor, recipe, folder, start=start)
+            save_trained(model, encoder.processor, recipe, folder, start=start, weights=weights)
     wait_for_all()
-    if is_adapter(recipe) and not is_pissa:
+    # of a model in shares all processes would have to generate as many tokens
+    if is_adapter(recipe) and not is_pissa and not in_shares:
         done = replace(done, sides=sides_of_adapted(model, encoder, recipe, run.adapter))
     return done
 
@@ -233,7 +239,7 @@ def _train(
         # Trained to the end and killed afterwards: the trainer would take one step too many
         load_checkpoint(model, best_checkpoint(checkpoint) if evaluation.load_best else checkpoint)
         model.to(best_device())
-        streamed = read_stream_state(checkpoint, 0)[1] if prepared.streams else {}
+        streamed = read_num_streamed(checkpoint) if prepared.streams else {}
         step = best_step(checkpoint) if evaluation.load_best else None
         return replace(done, num_streamed=streamed, best_step=step)
     cache = cache_of(prepared.recipe.output.dir)
@@ -246,7 +252,7 @@ def _train(
         done,
         best_step=state.best_global_step if evaluation.load_best else None,
         stopped_at=f"{state.global_step} of {state.max_steps}",
-        num_streamed=trainer.num_streamed if prepared.streams else {},
+        num_streamed=trainer.progress.num_rows if trainer.progress else {},
     )
 
 
@@ -305,11 +311,17 @@ def _rows_by_source(
 
 def _training_figures(run: RunDir) -> dict[str, Any]:
     """Losses, steps and speed from metrics.jsonl; no step was taken where nothing is trained."""
-    logged = [line for line in read_jsonl(run.metrics) if "loss" in line]
+    lines = read_jsonl(run.metrics)
+    logged = [line for line in lines if "loss" in line]
     if not logged:
         return {"steps": 0}
     first, last = logged[0], logged[-1]
-    return {
+    counts = {
+        f"num_{name}": max(line[name] for line in lines if name in line)
+        for name in ("skipped_steps", "oom_splits")
+        if any(name in line for line in lines)
+    }
+    return counts | {
         "first_loss": first["loss"],
         "last_loss": last["loss"],
         "steps": last["step"],

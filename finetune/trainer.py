@@ -3,16 +3,15 @@
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset
 from safetensors import SafetensorError
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
@@ -20,15 +19,15 @@ from transformers.trainer_utils import rotate_checkpoints, seed_worker
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
+from finetune.bad_steps import BadSteps
 from finetune.checkpoints import ASIDE, settle
-from finetune.data.collate import IGNORED_LABEL, Collator
+from finetune.data.collate import IGNORED_LABEL, BatchRow, Collator
 from finetune.data.examination import Finding
 from finetune.data.packed_views import PackedViews
 from finetune.data.sampling import EpochBatches
 from finetune.data.sequences import Layout
-from finetune.data.streaming import ExampleStream, Position, StreamCollator
-from finetune.errors import RunDirError
-from finetune.metrics import lower_is_better
+from finetune.data.streaming import ExampleStream, StreamCollator
+from finetune.errors import ModelError, RunDirError
 from finetune.model.adapters import (
     base_of,
     part_of_weight,
@@ -37,17 +36,19 @@ from finetune.model.adapters import (
 from finetune.model.compiling import compiled_layers
 from finetune.model.lora import add_in_place
 from finetune.model.loss import choose_loss_kernel, learn_from_labels, num_learnt
-from finetune.model.methods import load_checkpoint, mixes_dtypes
+from finetune.model.methods import load_checkpoint
 from finetune.model.optimizer import (
-    base_rate,
     has_several_rates,
     parameter_groups,
     projected_modules,
 )
+from finetune.model.sharding import layers_to_shard, whole_weights
 from finetune.model.vision_cache import WaitForFeatures
+from finetune.out_of_memory import Halving, out_of_memory, told_apart
 from finetune.processes import any_of_all
-from finetune.recipe import Recipe, TrainingSection
-from finetune.rundir import RunDir, read_json, write_json
+from finetune.recipe import Recipe
+from finetune.row_numbers import held_out_rows, tell_epoch_to_resumed, trained_rows
+from finetune.stream_progress import StreamProgress
 
 
 class VisionSFTTrainer(SFTTrainer):
@@ -68,11 +69,13 @@ class VisionSFTTrainer(SFTTrainer):
         recipe: Recipe | None = None,
         answer_figures: Callable[[], Mapping[str, float]] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
+        bad_steps: BadSteps | None = None,
     ):
         """`num_train_rows` of the collator's rows are trained, the others held out. With a
         `stream` it is trained instead, and `on_findings` is told what was left out of it. The
         `recipe` tells which weights step at which rate; without one all step at that of `args`.
-        `answer_figures` gives metrics of answers at every evaluation.
+        `answer_figures` gives metrics of answers at every evaluation. `bad_steps` judges every
+        step before the optimizer takes it.
         """
         num_rows = len(collator.rows)
         # The dataset holds row numbers, so that rows stay as they were read and TRL's own
@@ -84,11 +87,14 @@ class VisionSFTTrainer(SFTTrainer):
             else None
         )
         self.num_samples_seen = 0
+        splits = recipe and recipe.training.on_oom == "split"
+        self.halving = Halving(collator) if splits else None
+        self.bad_steps = bad_steps
+        self._logged_before_step: torch.Tensor | None = None
         self.seconds_evaluated = 0.0
         self.batches = batches
         self.stream = stream
-        self.on_findings = on_findings
-        self.num_streamed = {"taken": 0, "trained": 0, "left out": 0}
+        self.progress = StreamProgress(stream, on_findings) if stream else None
         self.recipe = recipe
         self.rates: dict[str, float] = {}
         self.step_saw = False
@@ -96,6 +102,7 @@ class VisionSFTTrainer(SFTTrainer):
         self.answer_figures = answer_figures
         self._held_out = torch.zeros(2)  # loss, summed, and learnt tokens
         base = base_of(model)
+        self.sharded_layers = layers_to_shard(base, collator.encoder.family)
         if recipe:
             args.optim_target_modules = projected_modules(base, collator.encoder.family, recipe)
         # Before TRL sees the model: it asks for gradients on every embedding as soon as it does
@@ -110,11 +117,16 @@ class VisionSFTTrainer(SFTTrainer):
             else trained_rows(num_train_rows),
             eval_dataset=held_out,
             processing_class=collator.encoder.processor,
-            callbacks=[*callbacks, WaitForFeatures(base), BeforeTheOptimizer(self)],
+            callbacks=[
+                *callbacks,
+                *([self.progress] if self.progress else []),
+                WaitForFeatures(base),
+                BeforeTheOptimizer(self),
+            ],
         )
-        self.loss_kernel = choose_loss_kernel(
-            base, recipe.training.loss_kernel if recipe else "auto"
-        )
+        kernel = recipe.training.loss_kernel if recipe else "auto"
+        # liger reads the head's weight itself, of which FSDP leaves each process a share
+        self.loss_kernel = choose_loss_kernel(base, "torch" if self.is_fsdp_enabled else kernel)
         learn_from_labels(base, self.loss_kernel)  # after TRL put its own fused head there
         add_in_place(base)
         for parameter in self.model.parameters():  # type: ignore[union-attr, operator]
@@ -122,14 +134,30 @@ class VisionSFTTrainer(SFTTrainer):
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
         part_of = part_of_weight(base, collator.encoder.family)
+        # by module and name, as FSDP puts other parameters in their places
         self.seeing = [
-            parameter
-            for name, parameter in base.named_parameters()
-            if parameter.requires_grad and part_of(name) != "language"
+            (module, own)
+            for name, module in base.named_modules()
+            for own, parameter in module.named_parameters(recurse=False)
+            if parameter.requires_grad and part_of(f"{name}.{own}") != "language"
         ]
         if stream:
             stream.rank, stream.num_ranks = self.args.process_index, self.args.world_size
         self.remove_callback(PrinterCallback)  # standard output is for results
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The stock one. FSDP gathers weights layer by layer, in the number format that is computed
+        in, and adds up gradients in float32; accelerate would round these, and the loss, too.
+        """
+        super().create_accelerator_and_postprocess()
+        if self.is_fsdp_enabled:
+            dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+            plugin: Any = self.accelerator.state.fsdp_plugin
+            plugin.transformer_cls_names_to_wrap = self.sharded_layers
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                param_dtype=dtypes.get(self.accelerator.mixed_precision),
+                reduce_dtype=torch.float32,
+            )
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The stock one; where the recipe has several rates, its weights are sorted again."""
@@ -161,6 +189,11 @@ class VisionSFTTrainer(SFTTrainer):
             self.state.epoch = self.state.global_step / self.state.max_steps
         if "learning_rate" in logs:
             logs |= {f"learning_rate/{name}": rate for name, rate in self.rates.items()}
+        if self.bad_steps and "loss" in logs:
+            loss = self.bad_steps.corrected(logs.pop("loss"))
+            logs |= {} if loss is None else {"loss": loss}
+            if self.bad_steps.num_skipped:
+                logs["skipped_steps"] = self.bad_steps.num_skipped
         if self.loss_kernel == "liger":
             for figures in self._metrics.values():
                 for name in ("entropy", "mean_token_accuracy"):
@@ -205,37 +238,13 @@ class VisionSFTTrainer(SFTTrainer):
         tell_epoch_to_resumed(loader, self.batches)
         return loader
 
-    def go_on_with_stream(self, checkpoint: Path) -> None:
-        """Let every loading process start where it was at the checkpoint; nothing without a stream.
-
-        Raises `RunDirError` where the checkpoint was written by another number of processes, among
-        which the rows were shared out otherwise.
-        """
-        if not self.stream:
-            return
-        per_rank, rank = max(self.args.dataloader_num_workers, 1), self.args.process_index
-        positions, self.num_streamed = read_stream_state(checkpoint, rank)
-        num_ranks = len(list(checkpoint.glob("stream-*.json")))
-        known = set(range(rank * per_rank, (rank + 1) * per_rank))
-        if num_ranks != self.args.world_size or not positions.keys() <= known:
-            raise RunDirError(
-                f"{checkpoint}: was written with another number of loading or training processes; "
-                "resume with the same training.num_workers and as many devices"
-            )
-        self.stream.positions = positions
-        self._rng_checkpoint = checkpoint
-
-    def _take_note(self, told: dict[str, Any], num_trained: int) -> None:
-        assert self.stream
-        self.stream.positions[told["consumer"]] = Position.from_json(told["position"])
-        left_out = sum(finding.kind != "changed" for finding in told["findings"])
-        for name, count in (
-            ("taken", told["num_taken"]),
-            ("trained", num_trained),
-            ("left out", left_out),
-        ):
-            self.num_streamed[name] += count
-        self.on_findings(told["findings"])
+    def go_on_from(self, checkpoint: Path) -> None:
+        """Know again what is no part of the stock trainer's state at a checkpoint."""
+        if self.bad_steps:
+            self.bad_steps.go_on(checkpoint)
+        if self.progress:
+            self.progress.go_on(checkpoint, max(self.args.dataloader_num_workers, 1))
+            self._rng_checkpoint = checkpoint
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """The stock one, written aside and renamed when it is whole, with what a stream needs to go
@@ -253,10 +262,10 @@ class VisionSFTTrainer(SFTTrainer):
         try:
             self.args.output_dir, self.args.save_total_limit = str(aside), None
             (aside / name).mkdir(parents=True, exist_ok=True)
-            if self.stream:
-                write_stream_state(
-                    aside / name, self.stream, self.args.process_index, self.num_streamed
-                )
+            if self.progress:
+                self.progress.write(aside / name)
+            if self.bad_steps and is_first:
+                self.bad_steps.write(aside / name)
             super()._save_checkpoint(*args, **kwargs)
             self.accelerator.wait_for_everyone()
             self._know_the_best(run)
@@ -276,6 +285,16 @@ class VisionSFTTrainer(SFTTrainer):
         if is_first:
             rotate_checkpoints(str(run), limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The stock one; in shares it would gather the frozen weights, too, and of DeepSpeed the
+        rounded ones.
+        """
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            super().save_model(output_dir, _internal_call)
+            return
+        assert isinstance(self.model, torch.nn.Module)
+        self._save(output_dir, state_dict=whole_weights(self.model))
 
     def _know_the_best(self, run: Path) -> None:
         """Where the best checkpoint will be, which the stock method has looked for aside."""
@@ -297,6 +316,15 @@ class VisionSFTTrainer(SFTTrainer):
         """Bring the weights to where they are meant: schedule-free optimizers train beside it."""
         if self.optimizer and callable(bring := getattr(self.optimizer, "eval", None)):
             bring()
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor | int | None]:
+        """The stock one; where a stream cannot go on in one process, it ends in all."""
+        if not self.progress:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = self.progress.next_batches(epoch_iterator, num_batches, device)
+        return batches, self._get_num_items_in_batch(batches, device)
 
     def _get_num_items_in_batch(
         self, batch_samples: list[Any], device: torch.device
@@ -322,6 +350,7 @@ class VisionSFTTrainer(SFTTrainer):
         self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         """TRL's, and the samples of this process are counted."""
+        rows = inputs.pop("rows", ())
         layout = inputs.get("layout")
         is_learnt = (inputs["labels"] != IGNORED_LABEL).any(dim=1)  # an idle row is none
         num_rows = layout.num_rows if layout and is_learnt.any() else int(is_learnt.sum())
@@ -330,20 +359,91 @@ class VisionSFTTrainer(SFTTrainer):
             self._load_rng_state(str(self._rng_checkpoint))
             self._rng_checkpoint = None
         if told := inputs.pop("stream", None):
-            self._take_note(told, num_rows)
+            assert self.progress
+            self.progress.take_note(told, num_rows)
+            rows = told["rows"]
         self.num_samples_seen += num_rows
-        return super().training_step(model, inputs, *args, **kwargs)
+        loss = self._pass(rows, partial(super().training_step, model), inputs, *args, **kwargs)
+        if self.bad_steps:
+            if not self.bad_steps.num_passes:
+                self._logged_before_step = self._tr_loss.clone()
+            self.bad_steps.take(loss, num_learnt(inputs), rows)
+        return loss
+
+    def _pass(
+        self,
+        rows: Sequence[BatchRow],
+        stock: Callable[..., torch.Tensor],
+        inputs: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Forward and backward. Raises `OutOfMemoryError`, naming the batch, or computes its halves
+        then, where the recipe says so.
+        """
+        num_tokens = self._total_train_tokens
+
+        def compute(batch: dict[str, Any]) -> torch.Tensor:
+            try:
+                return stock(batch, *args, **kwargs)
+            except RuntimeError:
+                self._total_train_tokens = num_tokens  # of a batch that may be computed again
+                raise
+
+        trained = [p for p in self.model.parameters() if p.requires_grad]  # type: ignore[union-attr]
+        step = self.state.global_step + 1
+        if self.halving:
+            return self.halving.compute(compute, inputs, rows, trained, step)
+        with told_apart() as told:
+            return compute(inputs)
+        raise out_of_memory(step, rows, *told)
+
+    @property
+    def num_oom_splits(self) -> int:
+        """Batches halved by this process."""
+        return self.halving.num_splits if self.halving else 0
+
+    def judge_step(self) -> None:
+        """Before a step of the optimizer: of a bad one that is left out, neither gradients nor
+        figures are kept.
+        """
+        if not self.bad_steps:
+            return
+        trained = [p for p in self.model.parameters() if p.grad is not None]  # type: ignore[union-attr]
+        # what a scaler finds in the gradients of float16 it leaves out itself, and scales lower
+        is_scaled = self.accelerator.scaler is not None
+        num_passes = self.bad_steps.num_passes
+        gradients = [] if is_scaled else [p.grad for p in trained if p.grad is not None]
+        if self.bad_steps.judge(self.state.global_step + 1, gradients, self.args.device):
+            return
+        for parameter in trained:
+            parameter.grad = None
+        assert self._logged_before_step is not None
+        self._tr_loss.copy_(self._logged_before_step)
+        for name in ("entropy", "mean_token_accuracy"):
+            kept = self._metrics["train"].pop(name, [])[:-num_passes]
+            self._metrics["train"] |= {name: kept} if kept else {}
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """TRL's; in several processes with a path of weight zero to all that is trained besides the
         language model: where a process's batch shows no picture, or no layer asks for them, these
         weights would have no gradient, and all processes wait for it.
         """
+        learns = torch.is_grad_enabled() and self.seeing
+        if self.is_deepspeed_enabled and learns and "pixel_values" not in inputs:
+            raise ModelError(
+                f"step {self.state.global_step + 1}: a batch without a picture, from which what "
+                "sees has its gradients in another order than from one with pictures; DeepSpeed "
+                "adds up those of all processes in the order that they come, and so of one weight "
+                "to another's: set training.distributed: fsdp, or adapter.parts: [language]"
+            )
         found = super().compute_loss(model, inputs, *args, **kwargs)
-        if self.args.world_size == 1 or not self.seeing or not torch.is_grad_enabled():
+        if self.args.world_size == 1 or not learns:
             return found
         self.step_saw |= "pixel_values" in inputs
-        nothing = sum(weight.reshape(-1)[0].float() for weight in self.seeing) * 0.0
+        # with FSDP these are whole from the beginning of a pass to its end, see layers_to_shard
+        weights = (getattr(module, name) for module, name in self.seeing)
+        nothing = sum(weight.reshape(-1)[0].float() for weight in weights) * 0.0
         return (found[0] + nothing, *found[1:]) if isinstance(found, tuple) else found + nothing
 
     def rest_what_saw_nothing(self) -> None:
@@ -351,12 +451,13 @@ class VisionSFTTrainer(SFTTrainer):
         gradient, as in one process, and not one of zero, with which momentum would move it.
         """
         if self.args.world_size > 1 and not any_of_all(self.step_saw, self.args.device):
-            for weight in self.seeing:
-                weight.grad = None
+            for module, name in self.seeing:
+                getattr(module, name).grad = None
         self.step_saw = False
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The stock one; and the loss is summed, of which it gives the mean over a batch."""
+        inputs.pop("rows", None)
         result = super().prediction_step(model, inputs, *args, **kwargs)
         count = num_learnt(inputs).float().cpu()
         assert result[0] is not None
@@ -382,7 +483,12 @@ class VisionSFTTrainer(SFTTrainer):
         return output
 
     def _load_best_model(self) -> None:
-        """Ours, as for a resumed run."""
+        """Ours, as for a resumed run; with DeepSpeed the stock one, which brings the optimizer's
+        weights as well.
+        """
+        if self.is_deepspeed_enabled:
+            super()._load_best_model()
+            return
         assert self.state.best_model_checkpoint
         load_checkpoint(self.model, Path(self.state.best_model_checkpoint))
 
@@ -401,116 +507,4 @@ class BeforeTheOptimizer(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After the last pass of a step."""
         self.trainer.rest_what_saw_nothing()
-
-
-def trained_rows(count: int) -> Dataset:
-    """Row numbers, and after them the idle one, see `EpochBatches.idle_row`."""
-    numbers = np.arange(count + 1)
-    return Dataset.from_dict({"row": numbers % count, "again": numbers == count})
-
-
-def held_out_rows(numbers: range, args: SFTConfig) -> Dataset:
-    """Row numbers, filled up with the last one `again` until every process has as many batches:
-    accelerate would fill up with the first ones, and the loss count them twice.
-    """
-    all_at_once = args.per_device_eval_batch_size * args.world_size
-    num_again = -len(numbers) % all_at_once if args.world_size > 1 else 0
-    return Dataset.from_dict(
-        {
-            "row": [*numbers, *[numbers[-1]] * num_again],
-            "again": [False] * len(numbers) + [True] * num_again,
-        }
-    )
-
-
-def tell_epoch_to_resumed(loader: DataLoader, batches: EpochBatches) -> None:
-    """Let a loader that was shared out over processes know its epoch also once its first batches
-    are skipped: accelerate wraps it once more then, and looks for the one that is to be told under
-    the name `sampler` alone (data_loader.py, DataLoaderShard.set_epoch).
-    """
-    if isinstance(loader.batch_sampler, BatchSamplerShard):
-        loader.batch_sampler.sampler = batches.sampler
-
-
-def write_stream_state(
-    checkpoint: Path, stream: ExampleStream, rank: int, num_streamed: dict[str, int]
-) -> None:
-    """How far each loading process of this training process has come."""
-    positions = {str(number): p.to_json() for number, p in stream.positions.items()}
-    write_json(checkpoint / f"stream-{rank}.json", {"positions": positions, "rows": num_streamed})
-
-
-def read_stream_state(checkpoint: Path, rank: int) -> tuple[dict[int, Position], dict[str, int]]:
-    """What `write_stream_state` wrote: positions by loading process, and rows counted."""
-    state = read_json(checkpoint / f"stream-{rank}.json")
-    positions = {int(n): Position.from_json(value) for n, value in state["positions"].items()}
-    return positions, state["rows"]
-
-
-def prefetch_factor(training: TrainingSection) -> int | None:
-    """Batches that each loading process keeps ready; None without such processes.
-
-    Together they hold all batches of a step, since the trainer takes these before it computes the
-    first: of torch's own two a process, the others would be waited for in every step, however fast
-    they are loaded.
-    """
-    if not training.num_workers:
-        return None
-    return max(2, math.ceil(training.gradient_accumulation / training.num_workers))
-
-
-def training_arguments(recipe: Recipe, run: RunDir, *, num_eval_rows: int) -> SFTConfig:
-    """The recipe's settings under the names of transformers and TRL."""
-    training, on_gpu = recipe.training, torch.cuda.is_available()
-    # A bfloat16 base on a GPU computes its float32 adapters under autocast; on a CPU autocast gains
-    # nothing, unless whole modules are trained: only autocast lets float32 meet the base's dtype
-    half = recipe.model.dtype if on_gpu or mixes_dtypes(recipe) else None
-    arguments = SFTConfig(
-        output_dir=str(run.checkpoints),
-        use_cpu=not on_gpu,
-        bf16=half == "bfloat16",
-        fp16=half == "float16",
-        num_train_epochs=training.epochs or 1,
-        max_steps=training.max_steps or -1,
-        per_device_train_batch_size=training.batch_size or 1,  # with budgets it is not asked for
-        per_device_eval_batch_size=recipe.evaluation.batch_size,
-        gradient_accumulation_steps=training.gradient_accumulation,
-        learning_rate=base_rate(recipe),
-        lr_scheduler_type=training.scheduler,
-        warmup_steps=training.warmup_ratio,  # below 1 it is a share of the steps
-        weight_decay=training.weight_decay,
-        max_grad_norm=training.max_grad_norm,
-        optim=training.optimizer,
-        neftune_noise_alpha=training.neftune_alpha or None,
-        gradient_checkpointing=training.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-        seed=training.seed,
-        data_seed=training.seed,
-        logging_steps=training.logging_steps,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,  # or a diverged run is logged with a loss of zero
-        save_steps=training.save_steps,
-        save_total_limit=training.keep_checkpoints,
-        ignore_data_skip=any(source.streaming for source in recipe.data.train),  # it skips itself
-        eval_strategy="steps" if num_eval_rows else "no",
-        eval_steps=recipe.evaluation.every_steps,
-        load_best_model_at_end=recipe.evaluation.load_best,
-        metric_for_best_model=recipe.evaluation.best_metric,
-        greater_is_better=not lower_is_better(recipe.evaluation.best_metric),
-        prediction_loss_only=True,  # or TRL keeps the logits of all held-out rows
-        dataloader_num_workers=training.num_workers,
-        dataloader_prefetch_factor=prefetch_factor(training),
-        # never persistent: a loading process knows the epoch, which draws what augmentation
-        # changes, from its start alone. Batches are pinned where there is a GPU, by default.
-        remove_unused_columns=False,
-        # what has no gradient in some batch is given one of zero, see compute_loss
-        ddp_find_unused_parameters=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        max_length=None,  # nothing is ever cut; rows over data.max_tokens were dealt with before
-        report_to=list(recipe.output.trackers) or "none",
-        disable_tqdm=True,  # the progress display is ours
-    )
-    # One process computes on one card: the library would else share each batch out over all that it
-    # sees (DataParallel), which splits tensors and gives every card all views
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    return arguments
+        self.trainer.judge_step()

@@ -1,6 +1,6 @@
 """The steps of a run: from a recipe to rows and batches, and through the trainer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from hashlib import sha256
@@ -11,24 +11,28 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from finetune.arguments import training_arguments
 from finetune.asking import ask_rows
+from finetune.bad_steps import BadSteps
 from finetune.callbacks import (
     MetricsFile,
     Patience,
     ProgressDisplay,
-    StopOnDivergence,
     StopOnSignal,
 )
 from finetune.data.augment import Augmentation
-from finetune.data.collate import Collator
+from finetune.data.collate import BatchRow, Collator
 from finetune.data.examination import BAD, OVERLONG, Examination
 from finetune.data.examples import Encoder
 from finetune.data.sampling import Batching, EpochBatches, EpochSampler
 from finetune.data.sources import Rows, StreamSource
 from finetune.data.streaming import ExampleStream
-from finetune.errors import ModelError
+from finetune.errors import DataError, FinetuneError, ModelError
 from finetune.findings import FindingsLists
+from finetune.fitting import ways_to_fit
 from finetune.metrics import measure
+from finetune.out_of_memory import OutOfMemoryError
+from finetune.planning import Planner
 from finetune.preparation import (
     PreparedRows,
     cache_of,
@@ -38,10 +42,11 @@ from finetune.preparation import (
     prepare_rows,
     row_sizes,
 )
+from finetune.preview_page import PreviewRow, write_preview
 from finetune.recipe import Recipe
 from finetune.rundir import RunDir
 from finetune.sides import Side
-from finetune.trainer import VisionSFTTrainer, training_arguments
+from finetune.trainer import VisionSFTTrainer
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,7 @@ def run_trainer(
             augmentation=Augmentation.of_recipe(prepared.recipe),
             sampler=batches.sampler,
             num_train_rows=len(rows),
+            names_rows=True,
         ),
         batches,
         num_train_rows=len(rows),
@@ -129,28 +135,73 @@ def run_trainer(
         answer_figures=figures,
         callbacks=[
             metrics,
-            StopOnDivergence(),
             display,
             Patience(prepared.recipe.evaluation, console),
             stop,
         ],
+        bad_steps=BadSteps(
+            prepared.recipe.training, run, None if prepared.streams else _page_of(prepared, rows)
+        ),
     )
     if checkpoint:
-        trainer.go_on_with_stream(checkpoint)
+        trainer.go_on_from(checkpoint)
     metrics.trainer = trainer
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except torch.cuda.OutOfMemoryError as error:
-        raise ModelError(
-            f"out of GPU memory at step {trainer.state.global_step + 1}; lower training.batch_size "
-            "or its budgets (and raise gradient_accumulation as much), set gradient_checkpointing: "
-            "true, or make images smaller"
+    except OutOfMemoryError as error:
+        raise ModelError(f"{error}. {_what_helps(prepared.recipe, console)}") from error
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        raise DataError(
+            f"a loading process was killed ({error}): most often the memory, or /dev/shm, was "
+            "full; lower training.num_workers, and go on with --resume"
         ) from error
     finally:
         trainer.settle()
         display.close()  # or the terminal is left without a cursor
         stop.steps_are_over()
     return trainer
+
+
+def _page_of(prepared: Prepared, rows: Rows) -> Callable[[Sequence[BatchRow], Path], None]:
+    """What shows rows of a batch in a file."""
+    encoder, recipe = prepared.encoder, prepared.recipe
+
+    def write(batch: Sequence[BatchRow], out: Path) -> None:
+        numbers = dict.fromkeys(row.feature["row"] for row in batch if row.feature)
+        shown = [PreviewRow.of_fitted(*encoder.encode_fitted(rows[each])) for each in numbers]
+        write_preview(
+            shown,
+            encoder.processor,
+            out,
+            title=f"{recipe.output.dir}: {out.stem}",
+            model=recipe.model.name,
+            images=encoder.images,
+            num_rows=len(rows),
+        )
+
+    return write
+
+
+def _what_helps(recipe: Recipe, console: Console) -> str:
+    """The settings that would take less memory, as `finetune plan` finds them for this card."""
+    general = (
+        "Lower training.batch_size or its budgets (and raise gradient_accumulation as much), set "
+        "gradient_checkpointing: true, make images smaller, or set training.on_oom: split"
+    )
+    if not torch.cuda.is_available():
+        return general
+    size = torch.cuda.mem_get_info()[1]
+    console.print("out of memory: planning what would fit", soft_wrap=True)
+    try:
+        ways = ways_to_fit(Planner.of_recipe(recipe, Console(quiet=True)), size)
+    except FinetuneError:
+        return general
+    if not ways:
+        return general
+    found = "; ".join(f"{way.in_words()} ({way.peak_bytes / 2**30:.1f} GiB)" for way in ways[:4])
+    return f"By finetune plan, each of these takes less: {found}. Or set training.on_oom: split"
 
 
 def answer_figures(prepared: Prepared, model: Any) -> Callable[[], dict[str, float]] | None:

@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from finetune.arguments import training_arguments
 from finetune.data.batches import Batches, cost
 from finetune.data.collate import Collator
 from finetune.data.gathering import Limits, RowSizes
@@ -33,7 +34,7 @@ from finetune.families.idefics2 import IDEFICS2
 from finetune.model.methods import load_trainable
 from finetune.recipe import ImagesSection, Recipe, load_recipe
 from finetune.rundir import RunDir
-from finetune.trainer import VisionSFTTrainer, training_arguments
+from finetune.trainer import VisionSFTTrainer
 from finetune.training import epoch_batches, prepare
 
 TOKENS_A_VIEW = 64

@@ -21,13 +21,14 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from finetune.arguments import training_arguments
 from finetune.data.collate import Collator
 from finetune.environment import environment
 from finetune.errors import FinetuneError
 from finetune.model.methods import load_trainable
 from finetune.recipe import Recipe, load_recipe
 from finetune.rundir import RunDir
-from finetune.trainer import VisionSFTTrainer, training_arguments
+from finetune.trainer import VisionSFTTrainer
 from finetune.training import epoch_batches, prepare
 
 

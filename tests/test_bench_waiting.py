@@ -20,6 +20,7 @@ def test_processes_needed_deliver_what_the_model_takes() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize(("slowed", "waits"), [("loading", True), ("step", False)])
 def test_the_slower_of_both_sets_the_pace(
     dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, slowed: str, waits: bool

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from finetune.arguments import training_arguments
 from finetune.recipe import load_recipe
 from finetune.rundir import RunDir
-from finetune.trainer import training_arguments
 from scripts import bench_loading
 
 

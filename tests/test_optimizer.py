@@ -10,6 +10,7 @@ from rich.console import Console
 from transformers import TrainerCallback
 from transformers.training_args import OptimizerNames
 
+from finetune.arguments import training_arguments
 from finetune.data.collate import Collator, collate
 from finetune.model.adapters import part_of_weight
 from finetune.model.methods import load_trainable
@@ -17,7 +18,7 @@ from finetune.model.optimizer import package_of, parameter_groups, projected_mod
 from finetune.recipe import load_recipe
 from finetune.rundir import RunDir, read_jsonl
 from finetune.train import train
-from finetune.trainer import VisionSFTTrainer, training_arguments
+from finetune.trainer import VisionSFTTrainer
 from finetune.training import epoch_batches, prepare
 
 # One step of plain gradient descent at the full rate, so that the change of a weight is its

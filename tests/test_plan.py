@@ -111,10 +111,11 @@ def nano_recipe(dataset: Callable[..., Path]) -> Path:
 
 def test_the_peak_is_that_of_a_run(nano_recipe: Path, tmp_path: Path) -> None:
     """The oracle is the trainer itself, watched by torch's profiler while it takes a step."""
+    from finetune.arguments import training_arguments
     from finetune.data.collate import Collator
     from finetune.preparation import load_encoder, prepare_rows
     from finetune.rundir import RunDir
-    from finetune.trainer import VisionSFTTrainer, training_arguments
+    from finetune.trainer import VisionSFTTrainer
 
     recipe = load_recipe(str(nano_recipe), ["training.max_steps=1", "adapter.rank=64"])
     planner = Planner.of_recipe(recipe, messages_console(), "cpu")

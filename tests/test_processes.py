@@ -7,16 +7,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
+from finetune.data.collate import collate
+from finetune.data.streaming import ExampleStream
 from finetune.errors import RecipeError
-from finetune.recipe import load_recipe
-from finetune.requirements import refuse_a_lonely_launch, refuse_what_cannot_run
+from finetune.model.load import load_model
+from finetune.recipe import Recipe, load_recipe
+from finetune.requirements import refuse_a_lonely_launch
 from finetune.rundir import RunDir, read_json, read_jsonl
+from finetune.training import prepare
 from tests.conftest import chat_row, noise, write_rows
 
 FINETUNE = [sys.executable, "-m", "finetune"]
@@ -153,34 +160,6 @@ def test_a_signal_ends_all_processes_with_a_checkpoint(
 
 
 @pytest.mark.parametrize(
-    ("variable", "setting", "told"),
-    [
-        ("ACCELERATE_USE_FSDP", "training.seed=0", "FSDP is not available"),
-        ("ACCELERATE_USE_DEEPSPEED", "training.seed=0", "DEEPSPEED is not available"),
-        (
-            "ACCELERATE_USE_CPU",
-            "training.vision_cache=1GiB",
-            "training.vision_cache: not available",
-        ),
-        ("ACCELERATE_USE_CPU", "data.train.0.streaming=true", "streaming is not available"),
-    ],
-)
-def test_what_several_processes_cannot_do_is_refused(
-    dataset: Callable[..., Path],
-    variable: str,
-    setting: str,
-    told: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    recipe = load_recipe(dataset(), [setting])
-    monkeypatch.setenv(variable, "true")
-    refuse_what_cannot_run(recipe, "mine.yaml")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RecipeError, match=told):
-        refuse_what_cannot_run(recipe, "mine.yaml")
-
-
-@pytest.mark.parametrize(
     ("words", "told"),
     [
         (["/bin/accelerate", "launch", "--cpu", "--num_processes", "2", "-m", "x"], "for 2 proc"),
@@ -205,3 +184,114 @@ def test_a_launch_that_started_one_process_of_several_is_refused(
         refuse_a_lonely_launch()
     monkeypatch.setenv("WORLD_SIZE", "2")
     refuse_a_lonely_launch()
+
+
+def shards(folder: Path) -> str:
+    """The dataset's training rows in two files, the third row of each broken, as a setting that
+    streams them.
+    """
+    lines = (folder / "train.jsonl").read_text().splitlines(keepends=True)
+    half = len(lines) // 2
+    for number, part in enumerate((lines[:half], lines[half:])):
+        part[2] = "{\n"
+        (folder / f"part-{number}.jsonl").write_text("".join(part))
+    return f"data.train=[{{path: {folder}/part-*.jsonl, streaming: true}}]"
+
+
+def loss_of_first_step(recipe: Recipe, num_processes: int) -> float:
+    """On the rows that come first in each process."""
+    prepared = prepare(recipe, Console(quiet=True))
+    examples = []
+    for rank in range(num_processes):
+        stream = ExampleStream(
+            prepared.streams,
+            prepared.encoder,
+            seed=recipe.training.seed,
+            skip_bad=True,
+            skip_overlong=True,
+            rank=rank,
+            num_ranks=num_processes,
+        )
+        examples += [item.example for item in islice(stream, recipe.training.batch_size)]
+    batch = collate(examples, prepared.encoder.processor, prepared.encoder.family)
+    with torch.no_grad():
+        return load_model(recipe.model)[0](**batch).loss.item()
+
+
+@pytest.mark.slow
+def test_streams_in_two_processes_have_rows_of_their_own_and_go_on_mid_shard(
+    dataset: Callable[..., Path], tmp_path: Path
+) -> None:
+    training = {
+        **{"max_steps": 5, "batch_size": 2, "logging_steps": 1, "save_steps": 3},
+        "num_workers": 1,
+    }
+    recipe = dataset(num_train=14, num_eval=2, adapter={"dropout": 0.2}, training=training)
+    settings = [shards(tmp_path), "data.bad_rows=skip"]
+    command = [*FINETUNE, "train", str(recipe), *settings, "--processes", "2"]
+    both = run(*command)
+    assert both.returncode == 0, both.stderr
+    found, file = RunDir(tmp_path / "run"), "adapter_model.safetensors"
+    unbroken, lines = figures(found), read_jsonl(found.skipped)
+    weights = (found.adapter / file).read_bytes()
+    assert [line["samples"] for line in unbroken if "loss" in line] == [4, 8, 12, 16, 20]
+    expected = loss_of_first_step(load_recipe(recipe, settings), num_processes=2)
+    assert unbroken[0]["loss"] == pytest.approx(expected, rel=1e-4)
+    wheres = sorted(line["where"].rpartition("/")[2] for line in lines)
+    assert wheres == ["part-0.jsonl:3", "part-1.jsonl:3"]
+    summary = read_json(found.summary)
+    assert summary["num_train_rows"] == 20
+    num_left_out = summary["num_skipped_rows"]
+    assert f"{20 + num_left_out} rows taken = 20 trained + {num_left_out} left" in both.stderr
+
+    for path in sorted((found.checkpoints / "checkpoint-5").rglob("*"), reverse=True):
+        path.unlink()
+    done = run(*command, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "resuming from" in done.stderr
+    assert (found.adapter / file).read_bytes() == weights
+    assert figures(found) == unbroken
+    assert read_jsonl(found.skipped) == lines
+    assert read_json(found.summary)["num_train_rows"] == 20
+    assert read_json(found.summary)["num_skipped_rows"] == num_left_out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("bad_rows", "rows", "told"),
+    [
+        ("skip", ["good", "bad"] * 4, "no usable row for loading process 1 of 2"),
+        ("skip", ["good"], "the stream has no row for process 1 of 2; train in fewer processes"),
+        ("stop", ["good", "good", "good", "bad"], "train.jsonl:4: "),
+    ],
+)
+def test_a_process_that_cannot_go_on_with_a_stream_ends_all_with_its_words(
+    dataset: Callable[..., Path], tmp_path: Path, bad_rows: str, rows: list[str], told: str
+) -> None:
+    recipe = dataset(num_eval=0, training={"max_steps": 50, "batch_size": 1})
+    good, bad = chat_row("What?", "A"), {"messages": []}
+    write_rows(tmp_path / "train.jsonl", [good if row == "good" else bad for row in rows])
+    settings = ["data.train.0.streaming=true", "data.train.0.format=chat"]
+    settings.append(f"data.bad_rows={bad_rows}")
+    done = run(*FINETUNE, "train", str(recipe), *settings, "--processes", "2", timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert told in done.stderr
+    assert done.stderr.count("error: ") == 1
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_read_what_either_has_put_into_the_vision_cache(
+    dataset: Callable[..., Path], tmp_path: Path
+) -> None:
+    training = {"max_steps": None, "epochs": 2, "batch_size": 2, "vision_cache": "1GiB"}
+    recipe = dataset(num_train=12, num_eval=0, adapter={"dropout": 0.0}, training=training)
+    one, two = RunDir(tmp_path / "a" / "one"), RunDir(tmp_path / "b" / "two")
+    alone = run(*FINETUNE, "train", str(recipe), f"output.dir={one.path}", "training.batch_size=4")
+    assert alone.returncode == 0, alone.stderr
+    both = run(*FINETUNE, "train", str(recipe), f"output.dir={two.path}", "--processes", "2")
+    assert both.returncode == 0, both.stderr
+    for done in (alone, both):
+        assert "vision cache: 12 views read, 12 computed and kept" in done.stderr
+    for line, expected in zip(figures(two), figures(one), strict=True):
+        assert line == pytest.approx(expected, rel=1e-4, abs=1e-5)

@@ -27,6 +27,7 @@ def train(recipe: str, folder: Path, *overrides: str) -> tuple[dict, float]:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_the_quickstart_teaches_nano_a_new_task_within_five_minutes(tmp_path: Path) -> None:
     summary, seconds = train("quickstart", tmp_path)
     assert summary["num_eval_rows"] == 120
@@ -47,6 +48,7 @@ def test_handwritten_digits_that_nobody_here_drew_are_learnt(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_the_first_training_step_is_done_within_fifteen_seconds(tmp_path: Path) -> None:
     """From the command to the first line of metrics.jsonl; the better of two: tests run beside."""
     taken = []

@@ -11,7 +11,7 @@ from finetune.data.heaviest import heaviest_batches, heaviest_batches_first
 from finetune.data.sampling import Batching, EpochBatches, EpochSampler, hold_out
 from finetune.errors import DataError
 from finetune.recipe import TrainingSection
-from finetune.trainer import tell_epoch_to_resumed
+from finetune.row_numbers import tell_epoch_to_resumed
 
 
 def epochs(sampler: EpochSampler, count: int) -> list[list[int]]:

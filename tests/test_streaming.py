@@ -1,22 +1,30 @@
+import gzip
+import io
+import json
+import os
+import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator
-from itertools import islice
+from collections.abc import Callable, Iterable
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from torch.utils.data import DataLoader
 
 from finetune.data import streaming
 from finetune.data.augment import Augmentation
+from finetune.data.containers import streams
 from finetune.data.examination import Finding
 from finetune.data.examples import Encoder
 from finetune.data.sources import open_stream_source
 from finetune.data.streaming import ExampleStream, Position, StreamCollator, StreamedExample
 from finetune.errors import DataError, RecipeError, RunDirError
 from finetune.findings import FindingsLists
-from finetune.recipe import DataSection, DataSource, load_recipe
+from finetune.recipe import Columns, DataSection, DataSource, load_recipe
 from finetune.rundir import RunDir, read_json, read_jsonl
 from finetune.train import train
 from tests.conftest import chat_row, noise, write_rows
@@ -56,7 +64,7 @@ def make_stream(encoder: Encoder, tmp_path: Path) -> Callable[..., ExampleStream
     return make
 
 
-def wheres(items: Iterator[StreamedExample]) -> list[str]:
+def wheres(items: Iterable[StreamedExample]) -> list[str]:
     return [item.example.where.rpartition("/")[2] for item in items]
 
 
@@ -108,7 +116,141 @@ def test_going_on_from_a_position_gives_what_would_have_come(
     unbroken = list(islice(make_stream(files, weights=[2.0, 1.0]), 90))
     position = Position.from_json(unbroken[stop - 1].position.to_json())
     resumed = make_stream(files, weights=[2.0, 1.0], positions={0: position})
-    assert wheres(islice(resumed, 90 - stop)) == wheres(iter(unbroken[stop:]))
+    assert wheres(islice(resumed, 90 - stop)) == wheres(unbroken[stop:])
+
+
+def write_shards(kind: str, folder: Path, num_rows: int = 90, num_shards: int = 3) -> Path:
+    """So many rows with pictures, over files of one kind."""
+    folder.mkdir()
+    each = num_rows // num_shards
+    for shard in range(num_shards):
+        questions = [f"q{i}" for i in range(shard * each, (shard + 1) * each)]
+        file = folder / f"part-{shard}"
+        match kind:
+            case "jsonl":
+                write_rows(file.with_suffix(".jsonl"), [chat_row(q, "x") for q in questions])
+            case "jsonl, gzip":
+                lines = "".join(json.dumps(chat_row(q, "x")) + "\n" for q in questions)
+                file.with_suffix(".jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+            case "parquet":
+                rows = [chat_row(question, "x") for question in questions]
+                table = pa.Table.from_pylist(rows)
+                pq.write_table(table, file.with_suffix(".parquet"), row_group_size=7)
+            case "tar":
+                with tarfile.open(file.with_suffix(".tar"), "w") as archive:
+                    for question in questions:
+                        add(archive, f"{question}.png", png(28, 28))
+                        add(archive, f"{question}.json", json.dumps(tar_row(question)).encode())
+    return folder
+
+
+def tar_row(question: str) -> dict[str, Any]:
+    return {"image": f"{question}.png", "question": question, "answer": "x"}
+
+
+def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    archive.addfile(info, io.BytesIO(content))
+
+
+def png(width_px: int, height_px: int) -> bytes:
+    file = io.BytesIO()
+    noise(width_px, height_px).save(file, "PNG")
+    return file.getvalue()
+
+
+SHARDS = ("jsonl", "jsonl, gzip", "parquet", "tar")
+TAR_COLUMNS = Columns(image="image", question="question", answer="answer")
+
+
+def stream_of(path: Path, encoder: Encoder, **settings: Any) -> ExampleStream:
+    columns = TAR_COLUMNS if next(path.iterdir()).suffix == ".tar" else None
+    entry = DataSource(path=str(path), columns=columns, streaming=True)
+    source = open_stream_source(entry, DataSection(train=(entry,)), path / "cache")
+    return ExampleStream([source], encoder, seed=0, skip_bad=False, skip_overlong=False, **settings)
+
+
+@pytest.mark.parametrize("num_consumers", [1, 2, 3, 4])
+@pytest.mark.parametrize("kind", SHARDS)
+def test_an_epoch_of_all_processes_has_each_row_of_all_shards_once(
+    kind: str, num_consumers: int, encoder: Encoder, tmp_path: Path
+) -> None:
+    """Three shards: dealt out whole to one and to three, shared by two and by four."""
+    path = write_shards(kind, tmp_path / "rows")
+    seen: Counter[str] = Counter()
+    for rank in range(num_consumers):
+        stream = stream_of(path, encoder, rank=rank, num_ranks=num_consumers)
+        mine = wheres(takewhile(lambda item: item.position.epoch == 0, stream))
+        assert len(mine) <= streams.UNEVEN * 90 / num_consumers
+        seen.update(mine)
+    assert len(seen) == 90
+    assert set(seen.values()) == {1}
+
+
+@pytest.mark.parametrize("num_consumers", [1, 4])
+@pytest.mark.parametrize("kind", SHARDS)
+def test_going_on_mid_shard_gives_what_would_have_come(
+    kind: str, num_consumers: int, encoder: Encoder, tmp_path: Path
+) -> None:
+    path = write_shards(kind, tmp_path / "rows")
+    for rank in range(num_consumers):
+        processes = {"rank": rank, "num_ranks": num_consumers}
+        unbroken = list(islice(stream_of(path, encoder, **processes), 200 // num_consumers))
+        for stop in (1, 8, 13, 30, 31, 44):
+            position = Position.from_json(
+                json.loads(json.dumps(unbroken[stop - 1].position.to_json()))
+            )
+            resumed = stream_of(path, encoder, positions={rank: position}, **processes)
+            rest = wheres(islice(resumed, len(unbroken) - stop))
+            assert rest == wheres(unbroken[stop:])
+
+
+@pytest.mark.parametrize("kind", SHARDS)
+def test_going_on_reads_no_shard_before(kind: str, encoder: Encoder, tmp_path: Path) -> None:
+    path = write_shards(kind, tmp_path / "rows")
+    unbroken = list(islice(stream_of(path, encoder), 90))
+    resumed = stream_of(path, encoder, positions={0: unbroken[75].position})
+    for file in sorted(path.iterdir())[:2]:
+        file.unlink()
+    assert wheres(islice(resumed, 14)) == wheres(unbroken[76:])
+    resumed.positions = {}
+    with pytest.raises(DataError, match=r"part-0.* cannot be read"):
+        next(iter(resumed))
+
+
+def write_over(file: Path, span: slice, byte: bytes) -> None:
+    """Without a trace in the file's size and time."""
+    times = file.stat().st_atime_ns, file.stat().st_mtime_ns
+    content = bytearray(file.read_bytes())
+    content[span] = byte * len(content[span])
+    file.write_bytes(content)
+    os.utime(file, ns=times)
+
+
+def test_one_parquet_file_is_dealt_out_by_its_row_groups(encoder: Encoder, tmp_path: Path) -> None:
+    """The first group is damaged, which only its reader can notice."""
+    path = write_shards("parquet", tmp_path / "rows", num_rows=84, num_shards=1)  # 12 groups
+    first, second = (stream_of(path, encoder, rank=rank, num_ranks=3) for rank in range(2))
+    (file,) = path.iterdir()
+    write_over(file, slice(4, 60), b"\xff")
+    rows = wheres(takewhile(lambda item: item.position.epoch == 0, second))
+    groups = (range(8, 15), range(29, 36), range(50, 57), range(71, 78))
+    expected = [f"part-0.parquet:{i}" for group in groups for i in group]
+    assert sorted(rows) == sorted(expected)
+    with pytest.raises(DataError, match="damaged"):
+        next(iter(first))
+
+
+def test_going_on_in_lines_begins_at_the_line(encoder: Encoder, tmp_path: Path) -> None:
+    """Those before are written over, which only their reader can notice."""
+    path = write_shards("jsonl", tmp_path / "rows", num_shards=1)
+    unbroken = list(islice(stream_of(path, encoder), 90))
+    resumed = stream_of(path, encoder, positions={0: unbroken[48].position})
+    (file,) = path.iterdir()
+    num_bytes = sum(map(len, file.read_bytes().splitlines(keepends=True)[:48]))
+    write_over(file, slice(num_bytes), b"\n")
+    assert wheres(islice(resumed, 41)) == wheres(unbroken[49:])
 
 
 def test_a_changed_row_is_changed_the_same_way_after_going_on(

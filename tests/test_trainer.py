@@ -9,12 +9,13 @@ import pytest
 import torch
 from rich.console import Console
 
+from finetune.arguments import training_arguments
 from finetune.data.collate import Collator, collate
 from finetune.model.adapters import add_adapter
 from finetune.model.load import load_model
 from finetune.recipe import load_recipe
 from finetune.rundir import RunDir
-from finetune.trainer import VisionSFTTrainer, training_arguments
+from finetune.trainer import VisionSFTTrainer
 from finetune.training import epoch_batches, prepare
 from tests.conftest import NANO, chat_row, write_rows
 

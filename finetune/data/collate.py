@@ -4,7 +4,8 @@ Shape letters: B rows, S sequences (rows, or several laid out as one), T tokens.
 """
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -20,6 +21,23 @@ from finetune.families.family import Family
 
 IGNORED_LABEL = -100  # what torch's cross-entropy and TRL's fused head both leave out
 GRACE_SECONDS = 60  # that a loading process goes on for after SIGTERM
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRow:
+    """A row of a batch, as a message names it. `feature` is what the collator made it of, and None
+    where the row was streamed.
+    """
+
+    where: str
+    num_tokens: int
+    num_views: int
+    feature: Mapping[str, int] | None = None
+
+    @classmethod
+    def of_example(cls, example: Example, feature: Mapping[str, int] | None = None) -> "BatchRow":
+        """Without the pixels."""
+        return cls(example.where, len(example.input_ids), len(example.views), feature)
 
 
 def collate(
@@ -123,6 +141,7 @@ class Collator:
     """The trainer's collator: its dataset holds row numbers, and the rows are encoded here, in the
     loading process.
 
+    With `names_rows` a batch holds its `BatchRow`s as `rows`, which no model takes.
     The first `num_train_rows` (None: all) are shown as `augmentation` says, if there is one, and
     laid out as the encoder says; the others, held out, as they are and apart. The epoch is the
     sampler's, which a loading process finds as it was when it started: each epoch starts new ones.
@@ -136,12 +155,14 @@ class Collator:
         augmentation: Augmentation | None = None,
         sampler: EpochSampler | None = None,
         num_train_rows: int | None = None,
+        names_rows: bool = False,
     ):
         self.encoder = encoder
         self.rows = rows
         self.augmentation = augmentation
         self.sampler = sampler
         self.num_train_rows = len(rows) if num_train_rows is None else num_train_rows
+        self.names_rows = names_rows
 
     def __call__(self, features: Sequence[dict[str, int]]) -> dict[str, Any]:
         """A batch of the rows whose numbers are given as `row`; nothing is learnt from one that is
@@ -169,6 +190,8 @@ class Collator:
         for number, feature in enumerate(features):
             if feature.get("again"):
                 batch["labels"][number] = IGNORED_LABEL
+        if self.names_rows:
+            batch["rows"] = tuple(map(BatchRow.of_example, examples, features))
         return batch
 
     def _draws(self, row: int) -> Draws | None:

@@ -9,13 +9,14 @@ import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 from PIL import ExifTags, Image, ImageOps
 from rapidfuzz import fuzz, process
 
 from finetune.data.downloads import download
+from finetune.data.patience import read_patiently
 from finetune.data.pdf import render_page
 from finetune.data.pillow import own_pillow_settings, to_rgb, to_rgb_or_grey
 from finetune.data.signatures import image_format, why_no_image
@@ -45,6 +46,8 @@ class ImageAccess:
     url_cache: Path | None = None
     pdf_dpi: int = 144
     folders: str = ""
+    read_timeout_seconds: float | None = None
+    read_retries: int = 3
 
 
 def load_image(source: str | bytes, access: ImageAccess) -> Image.Image:
@@ -208,14 +211,11 @@ def _read_path(source: str, access: ImageAccess) -> bytes:
             f"{name} starts; set image_root"
         )
     try:
-        # Links are followed here and nowhere else: what is checked is what is opened
-        path = Path(os.path.realpath(access.root / source))
-        if not access.allow_outside_root and not path.is_relative_to(os.path.realpath(access.root)):
-            raise DataError(
-                f"lies outside image_root ({access.root}); move it there, set image_root, or set "
-                "data.allow_outside_root: true"
-            )
-        return _read_regular(path)
+        return read_patiently(
+            partial(_read_inside_root, source, access),
+            timeout_seconds=access.read_timeout_seconds,
+            retries=access.read_retries,
+        )
     except DataError as error:  # before ValueError, of which it is one
         raise DataError(f"image {name} {error}") from None
     except FileNotFoundError:
@@ -225,6 +225,17 @@ def _read_path(source: str, access: ImageAccess) -> bytes:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise DataError(f"image {name} cannot be read ({reason}); mend or replace it") from error
+
+
+def _read_inside_root(source: str, access: ImageAccess) -> bytes:
+    # Links are followed here and nowhere else: what is checked is what is opened
+    path = Path(os.path.realpath(access.root / source))
+    if not access.allow_outside_root and not path.is_relative_to(os.path.realpath(access.root)):
+        raise DataError(
+            f"lies outside image_root ({access.root}); move it there, set image_root, or set "
+            "data.allow_outside_root: true"
+        )
+    return _read_regular(path)
 
 
 def _read_regular(path: Path) -> bytes:

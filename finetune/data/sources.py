@@ -244,6 +244,8 @@ def image_access(data: DataSection, root: Path, cache: Path) -> ImageAccess:
         url_timeout_seconds=data.url_timeout_seconds,
         url_cache=cache / "downloads",
         pdf_dpi=data.pdf_dpi,
+        read_timeout_seconds=data.read_timeout_seconds,
+        read_retries=data.read_retries,
     )
 
 

@@ -6,7 +6,7 @@ that the seed decides, and tells with every row how far it has come.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -14,10 +14,11 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from finetune.data.augment import Augmentation, Draws
-from finetune.data.collate import collate, leave_interrupts_to_the_main_process
+from finetune.data.collate import BatchRow, collate, leave_interrupts_to_the_main_process
+from finetune.data.containers import Place, Reading
 from finetune.data.examination import Finding
 from finetune.data.examples import Encoder, Example, OverlongError
-from finetune.data.sources import Row, StreamSource
+from finetune.data.sources import StreamSource
 from finetune.errors import DataError
 
 WINDOW = 256  # rows read ahead and shuffled; unread pictures are all that they cost
@@ -25,22 +26,26 @@ WINDOW = 256  # rows read ahead and shuffled; unread pictures are all that they 
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """How far a consumer has come: the epoch, the rows taken of each source before the window at
-    hand, and those taken of the window.
+    """How far a consumer has come: the epoch, and of each source the rows taken before the window
+    at hand, and where the first of the window is; then the rows taken of the window.
     """
 
     epoch: int
     taken: tuple[int, ...]
+    places: tuple[Place | None, ...]
     in_window: int = 0
 
     def to_json(self) -> list[Any]:
         """As a checkpoint holds it."""
-        return [self.epoch, list(self.taken), self.in_window]
+        places = [place and place.to_json() for place in self.places]
+        return [self.epoch, list(self.taken), places, self.in_window]
 
     @classmethod
     def from_json(cls, value: Any) -> "Position":
         """What `to_json` gave."""
-        return cls(value[0], tuple(value[1]), value[2])
+        epoch, taken, places, in_window = value
+        found = tuple(place and Place.from_json(place) for place in places)
+        return cls(epoch, tuple(taken), found, in_window)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +68,7 @@ class ExampleStream(IterableDataset[StreamedExample]):
     row comes once an epoch. Bad and overlong rows raise `DataError`, or are left out and told of,
     as the recipe says. `rank` and `num_ranks` are those of the training process; `positions` are
     where consumers go on, by their number. `augmentation` changes rows as they are shown.
+    `turn` is the consumer whose batch is next: they take turns within a training process.
     """
 
     def __init__(
@@ -87,12 +93,15 @@ class ExampleStream(IterableDataset[StreamedExample]):
         self.num_ranks = num_ranks
         self.positions = positions or {}
         self.augmentation = augmentation
+        self.turn = 0
 
     def __iter__(self) -> Iterator[StreamedExample]:
         worker = get_worker_info()
         per_rank, number = (worker.num_workers, worker.id) if worker else (1, 0)
+        number = (self.turn + number) % per_rank  # a loader begins with its first process
         consumer, num_consumers = self.rank * per_rank + number, self.num_ranks * per_rank
-        nothing = Position(0, (0,) * len(self.sources))
+        num_sources = len(self.sources)
+        nothing = Position(0, (0,) * num_sources, (None,) * num_sources)
         start = self.positions.get(consumer, nothing)
         findings: list[Finding] = []
         num_taken = 0
@@ -122,10 +131,11 @@ class ExampleStream(IterableDataset[StreamedExample]):
         return self.augmentation.draws(position.epoch, *place)
 
     def _encode(
-        self, row: tuple[str, Row | DataError], draws: Draws | None, findings: list[Finding]
+        self, row: tuple[StreamSource, str, Any], draws: Draws | None, findings: list[Finding]
     ) -> Example | None:
-        where, read = row
+        source, where, raw = row
         try:
+            read = source.reader.row_or_error(where, raw)
             if isinstance(read, DataError):
                 raise read
             example, fitted = self.encoder.encode_fitted(read, draws)
@@ -143,39 +153,39 @@ class ExampleStream(IterableDataset[StreamedExample]):
         self, consumer: int, num_consumers: int, start: Position
     ) -> Iterator[tuple[Any, Position | None]]:
         """Rows with the position after each, and None for the position at the end of an epoch."""
-        epoch, taken, skip = start.epoch, list(start.taken), start.in_window
+        epoch, taken, places, skip = start.epoch, list(start.taken), start.places, start.in_window
         while True:
-            streams = [
-                source.iterate(consumer, num_consumers, count)
-                for source, count in zip(self.sources, taken, strict=True)
+            readings = [
+                source.stream.iterate(consumer, num_consumers, start=place)
+                for source, place in zip(self.sources, places, strict=True)
             ]
-            left = list(range(len(streams)))
+            left = list(range(len(readings)))
             while left:
-                before = tuple(taken)
-                window = list(islice(self._mixed(streams, left, taken), WINDOW))
-                order = np.random.default_rng([self.seed, epoch, consumer, sum(before)])
+                before = Position(epoch, tuple(taken), tuple(each.place for each in readings))
+                window = list(islice(self._mixed(readings, left, taken), WINDOW))
+                order = np.random.default_rng([self.seed, epoch, consumer, sum(before.taken)])
                 for number, place in enumerate(order.permutation(len(window)).tolist()):
                     if number >= skip:
-                        yield window[place], Position(epoch, before, number + 1)
+                        yield window[place], replace(before, in_window=number + 1)
                 skip = 0
             yield None, None
-            epoch, taken = epoch + 1, [0] * len(self.sources)
+            epoch, taken, places = epoch + 1, [0] * len(self.sources), (None,) * len(self.sources)
 
     def _mixed(
-        self, streams: Sequence[Iterator[Any]], left: list[int], taken: list[int]
-    ) -> Iterator[Any]:
+        self, readings: Sequence[Reading], left: list[int], taken: list[int]
+    ) -> Iterator[tuple[StreamSource, str, Any]]:
         """The row of that source which is furthest behind its share; `taken` says how far each is,
         so that going on needs no other memory.
         """
         weights = [source.reader.settings.weight for source in self.sources]
         while left:
             source = min(left, key=lambda i: ((taken[i] + 1) / weights[i], i))
-            row = next(streams[source], None)
+            row = next(readings[source], None)
             if row is None:
                 left.remove(source)
                 continue
             taken[source] += 1
-            yield row
+            yield self.sources[source], *row
 
 
 class StreamCollator:
@@ -185,8 +195,8 @@ class StreamCollator:
         self.encoder = encoder
 
     def __call__(self, features: Sequence[StreamedExample]) -> dict[str, Any]:
-        """As `collate`. `stream` holds consumer, position after the batch, findings, and the
-        number of rows taken.
+        """As `collate`. `stream` holds consumer, position after the batch, findings, the
+        number of rows taken, and the `BatchRow`s.
         """
         leave_interrupts_to_the_main_process()
         encoder = self.encoder
@@ -202,5 +212,6 @@ class StreamCollator:
             "position": features[-1].position.to_json(),
             "findings": [finding for feature in features for finding in feature.findings],
             "num_taken": sum(feature.num_taken for feature in features),
+            "rows": tuple(BatchRow.of_example(feature.example) for feature in features),
         }
         return batch

@@ -5,7 +5,7 @@ lora, dora, rslora and pissa are PEFT adapters, full trains the parts' own weigh
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,9 +23,10 @@ from finetune.model.adapters import (
     refuse_unfinished,
 )
 from finetune.model.load import EMBEDDED, load_model
+from finetune.model.sharding import is_sharded, put_adapter, put_weights, reshard
 from finetune.model.vocabulary import extend_vocabulary
 from finetune.recipe import ModelSection, Recipe
-from finetune.rundir import RunDir, write_json
+from finetune.rundir import RunDir, read_json, write_json
 
 
 class Loaded(NamedTuple):
@@ -102,24 +103,43 @@ def make_trainable(
 
 
 def save_trained(
-    model: Any, processor: Any, recipe: Recipe, folder: Path, *, start: Path | None = None
+    model: Any,
+    processor: Any,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    start: Path | None = None,
+    weights: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """What was trained, the processor, and the image settings that it was trained with.
 
     An adapter comes in PEFT's format, and full as a whole checkpoint in the recipe's dtype, to
     which the model is brought; of frozen there is nothing. `start` is the file of a PiSSA run.
+    `weights` are the `whole_weights` of a model that is held in shares.
     """
     folder.mkdir(parents=True, exist_ok=True)
     dtype = getattr(torch, recipe.model.dtype)
     if recipe.adapter.method == "full":
-        model.to(dtype).save_pretrained(str(folder))
+        if weights is None:
+            model.to(dtype).save_pretrained(str(folder))
+        else:
+            weights = {name: _brought_to(dtype, each) for name, each in weights.items()}
+            model.save_pretrained(str(folder), state_dict=weights)
+            config = folder / "config.json"  # which would name the dtype of the shares
+            write_json(config, read_json(config) | {"dtype": recipe.model.dtype})
     elif is_adapter(recipe):
-        for name, parameter in model.named_parameters():
-            if ".modules_to_save." in name:  # as PEFT loads them, so that answers stay the same
-                parameter.data = parameter.data.to(dtype)
+        if weights is None:
+            for name, parameter in model.named_parameters():
+                if ".modules_to_save." in name:  # as PEFT loads them, so that answers stay the same
+                    parameter.data = parameter.data.to(dtype)
+        else:
+            weights = {
+                name: _brought_to(dtype, each) if ".modules_to_save." in name else each
+                for name, each in weights.items()
+            }
         # Embeddings are in it as modules to save or rows of new tokens, where they are trained;
         # asking PEFT to look for others would ask the Hub for the base's vocabulary
-        model.save_pretrained(str(folder), save_embedding_layers=False)
+        model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
         if recipe.adapter.method == "pissa":
             assert start
             pissa.convert_to_lora(folder, start)
@@ -128,6 +148,10 @@ def save_trained(
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; `push` writes one
     processor.save_pretrained(folder)
     write_json(folder / IMAGE_SETTINGS, recipe.images.model_dump())
+
+
+def _brought_to(dtype: torch.dtype, weight: torch.Tensor) -> torch.Tensor:
+    return weight.to(dtype) if weight.is_floating_point() else weight
 
 
 def _name_embedded_base(file: Path) -> None:
@@ -161,9 +185,17 @@ def load_checkpoint(model: Any, checkpoint: Path) -> None:
     """
     if isinstance(model, PeftModel):
         refuse_foreign_adapter(checkpoint)
-        set_peft_model_state_dict(model, load_peft_weights(str(checkpoint), device="cpu"))
+        if is_sharded(model):
+            put_adapter(model, checkpoint)
+        else:
+            set_peft_model_state_dict(model, load_peft_weights(str(checkpoint), device="cpu"))
         return
     # Loaded as a model and not as a file: checkpoints keep the layout that the Hub has, which the
     # library maps to its own
     section = ModelSection(name=str(checkpoint), dtype="float32")
-    model.load_state_dict(load_model(section)[0].state_dict())
+    weights = load_model(section)[0].state_dict()
+    if is_sharded(model):
+        reshard(model)
+        put_weights(model.state_dict(), weights)
+    else:
+        model.load_state_dict(weights)

@@ -9,6 +9,7 @@ from transformers import BitsAndBytesConfig
 from finetune.errors import ModelError
 from finetune.families.family import Family
 from finetune.model.parts import target_pattern
+from finetune.processes import engine
 from finetune.recipe import ModelSection
 
 
@@ -20,6 +21,10 @@ def quantization_config(
     NormalFloat 4 with the scales quantised as well (arXiv 2305.14314), or LLM.int8. Vision,
     connector and head stay in 16 bits: they are a tenth of the weights, and what they compute comes
     before, or after, everything else.
+
+    FSDP shares out numbers of one kind, so the 4-bit ones are packed into numbers of the other
+    weights' dtype then: whole bytes accelerate would leave on every card (1.15,
+    utils/fsdp_utils.py, fsdp2_prepare_model), and another dtype would be converted.
     """
     if model.quantize == "none":
         return None
@@ -28,11 +33,13 @@ def quantization_config(
     kept.append("lm_head")  # a list of ours takes the place of the library's, which has the head
     if model.quantize == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
+    dtype = getattr(torch, model.dtype)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=getattr(torch, model.dtype),
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype if engine() == "fsdp" else torch.uint8,
         llm_int8_skip_modules=kept,
     )
 

@@ -26,6 +26,7 @@ from finetune.errors import ModelError
 from finetune.model import vision
 from finetune.model.adapters import base_of
 from finetune.model.vision import Stage, frozen_stage
+from finetune.processes import sum_of_all, wait_for_all
 from finetune.recipe import Recipe
 
 
@@ -52,15 +53,14 @@ class Keeper:
                 self.writer.put(key, features_PD)
         return rounded_nPD.to(features_nPD.dtype)
 
-    def in_words(self) -> str:
-        """One line for the console."""
-        kept = self.writer.num_kept
-        computed = f"{self.num_computed:,} computed"
-        computed += " and kept" if kept == self.num_computed else f", {kept:,} of them kept"
+    def in_words(self, device: torch.device) -> str:
+        """One line for the console, of all processes, which all have to ask."""
+        counts = (self.num_read, self.num_computed, self.writer.num_kept)
+        num_read, num_computed, kept = (sum_of_all(count, device) for count in counts)
+        computed = f"{num_computed:,} computed"
+        computed += " and kept" if kept == num_computed else f", {kept:,} of them kept"
         used, limit = (size / 2**30 for size in (self.writer.num_bytes(), self.writer.limit_bytes))
-        return (
-            f"vision cache: {self.num_read:,} views read, {computed}; {used:,.2f} of {limit:,g} GiB"
-        )
+        return f"vision cache: {num_read:,} views read, {computed}; {used:,.2f} of {limit:,g} GiB"
 
     def __deepcopy__(self, memo: Any) -> "Keeper":
         """Itself: a copied model keeps its features in the same place."""
@@ -68,7 +68,7 @@ class Keeper:
 
 
 class WaitForFeatures(TrainerCallback):
-    """An epoch begins when all that the one before computed can be read."""
+    """An epoch begins when all that the one before computed can be read, in any process."""
 
     def __init__(self, model: Any):
         self.inner = getattr(model, "model", None)
@@ -77,6 +77,7 @@ class WaitForFeatures(TrainerCallback):
         """Before the loading processes of the next epoch look for features."""
         if keeper := getattr(self.inner, "feature_keeper", None):
             keeper.writer.wait()
+            wait_for_all()
 
 
 @contextmanager
@@ -86,7 +87,7 @@ def keeping_features(
     """An encoder that finds the views of a model in `cache`, and the model keeping them there, as
     long as the block lasts; where the recipe has the cache off, the encoder as it is.
 
-    Tells at the end how many were found. Raises `ModelError`.
+    Tells at the end how many were found, where there was no error. Raises `ModelError`.
     """
     limit_bytes, stage = recipe.training.vision_cache_bytes, stage_to_keep(model, recipe)
     if limit_bytes is None or stage is None:
@@ -103,7 +104,7 @@ def keeping_features(
     finally:
         del inner.feature_keeper
         writer.close()
-        console.print(keeper.in_words())
+    console.print(keeper.in_words(inner.device))
 
 
 def stage_to_keep(model: Any, recipe: Recipe) -> Stage | None:

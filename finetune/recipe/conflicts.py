@@ -8,6 +8,8 @@ from finetune.recipe.messages import Problem
 
 # They project the gradients of whole weight matrices, so there is nothing for them in an adapter.
 PROJECTING_OPTIMIZERS = ("galore", "apollo")
+# Torch's own, which step a share of a weight as they would step all of it.
+SHARING_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
 # They step inside the backward pass, so that no gradient lives long.
 STEPPING_IN_BACKWARD = ("lomo", "adalomo", "layerwise")
 
@@ -22,6 +24,8 @@ def conflicts(recipe: Any) -> Iterator[Problem]:
     yield from _evaluation_conflicts(recipe)
     yield from _part_conflicts(recipe)
     yield from _optimizer_conflicts(recipe)
+    if recipe.training.distributed not in (None, "ddp") and recipe.adapter.method != "frozen":
+        yield from _engine_conflicts(recipe)
 
 
 def _conflict(text: str, *reads: str) -> Problem:
@@ -229,6 +233,12 @@ def _training_conflicts(recipe: Any) -> Iterator[Problem]:
         )
     if training.epochs is None and training.max_steps is None:
         yield _conflict("set epochs or max_steps", "training.epochs", "training.max_steps")
+    if training.on_oom == "split" and any(source.streaming for source in recipe.data.train):
+        yield _conflict(
+            "split reads the rows of a batch again, which a stream cannot; set stop",
+            "training.on_oom",
+            "data.train",
+        )
     if training.packing and training.neftune_alpha:
         yield _conflict(
             "the noise of neftune_alpha is scaled by the length of a sequence, which packing "
@@ -279,6 +289,68 @@ def _streamed_batches(training: Any) -> Iterator[Problem]:
                 f"training.{name}",
                 "data.train",
             )
+
+
+def _engine_conflicts(recipe: Any) -> Iterator[Problem]:
+    """What does not go with weights, or an optimizer's state, that processes hold in shares."""
+    training, key = recipe.training, "training.distributed"
+    name = training.distributed
+    if training.optimizer not in SHARING_OPTIMIZERS:
+        yield _conflict(
+            f"{training.optimizer} steps whole weights, of which {key}: {name} gives it shares; "
+            f"set one of {', '.join(SHARING_OPTIMIZERS)}",
+            "training.optimizer",
+            key,
+        )
+    if training.compile:
+        # accelerate compiles between its checkpointing and its sharding (accelerator.py 1.15,
+        # _prepare_fsdp2), and layers compiled beforehand were never tried
+        yield _conflict(f"was never tried with {key}: {name}; set false", "training.compile", key)
+    if training.on_oom == "split":
+        yield _conflict(
+            f"split takes more passes than other processes, which wait for it with {key}: {name}; "
+            "set stop",
+            "training.on_oom",
+            key,
+        )
+    if name.startswith("zero") and training.bad_loss == "skip":
+        # accelerate 1.15, utils/deepspeed.py, DeepSpeedEngineWrapper.backward
+        yield _conflict(
+            "DeepSpeed steps at the end of a backward pass, before a step can be left out; set "
+            f"stop, or {key}: fsdp",
+            "training.bad_loss",
+            key,
+        )
+    if name == "fsdp":
+        yield from _conflicts_of_shares(recipe)
+
+
+def _conflicts_of_shares(recipe: Any) -> Iterator[Problem]:
+    """What does not go with weights in shares."""
+    training, key = recipe.training, "training.distributed"
+    if recipe.evaluation.rows_in_training and (recipe.data.eval or recipe.data.eval_fraction):
+        yield _conflict(
+            f"answers need whole weights, which {key}: fsdp has after training alone; set "
+            "evaluation.rows_in_training: 0",
+            "evaluation.rows_in_training",
+            key,
+            "data.eval",
+            "data.eval_fraction",
+        )
+    if training.loss_kernel == "liger":
+        yield _conflict(
+            f"liger reads all of lm_head's weight, of which {key}: fsdp holds a share; set auto or "
+            "torch",
+            "training.loss_kernel",
+            key,
+        )
+    if recipe.model.quantize == "int8":
+        # accelerate 1.15, utils/fsdp_utils.py, fsdp2_prepare_model, knows Params4bit alone
+        yield _conflict(
+            f"int8 weights lose their scales where {key}: fsdp shares them out; set nf4",
+            "model.quantize",
+            key,
+        )
 
 
 def _part_conflicts(recipe: Any) -> Iterator[Problem]:

@@ -57,6 +57,8 @@ Scheduler = Literal[
     "polynomial",
     "inverse_sqrt",
 ]
+# ddp: whole models; fsdp, zero3: weights in shares; zero2: the optimizer's state in shares.
+Engine = Literal["ddp", "fsdp", "zero2", "zero3"]
 # Those of transformers; a test holds the two lists equal.
 Optimizer = Literal[
     "adamw_torch",

@@ -2,6 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
+from annotated_types import Gt
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
@@ -13,6 +14,7 @@ from finetune.recipe.fields import (
     Chosen,
     Count,
     Edge,
+    Engine,
     Format,
     Fraction,
     HubId,
@@ -196,6 +198,11 @@ class DataSection(Section):
     """Larger downloads are broken off."""
     url_timeout_seconds: PositiveNumber = 10
     """Longest time for one download."""
+    read_timeout_seconds: PositiveNumber | None = None
+    """Longest time for reading one picture's file, for drives that stall. Without it, any."""
+    read_retries: Annotated[int, Field(ge=0)] = 3
+    """Times that a file is read again where the drive fails or stalls, after 1, 2, 4 ... seconds.
+    """
 
 
 class TrainingSection(Section):
@@ -238,11 +245,23 @@ class TrainingSection(Section):
     """Pull of the trained weights towards zero."""
     max_grad_norm: NonNegative = 1.0
     """Gradients are scaled down to this norm. 0 leaves them as they are."""
+    bad_loss: Literal["stop", "skip"] = "stop"
+    """What a step does whose loss is no number, or a spike. skip leaves it out, counts and lists
+    it; ten in a row stop the run all the same."""
+    spike_factor: Annotated[PositiveNumber, Gt(1)] | None = None
+    """A loss over this many times the median of the last 50 steps is a spike. Without it, none
+    is."""
+    on_oom: Literal["stop", "split"] = "stop"
+    """What a batch does that does not fit into the GPU's memory. split computes its halves one
+    after the other, and counts it."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass. Less memory, about a third more time."""
     compile: bool = False
     """Compile the layers of the language model with torch. The first step takes minutes more,
     the others less."""
+    distributed: Engine | None = None
+    """What several processes train with: ddp, fsdp, zero2 or zero3. Without it, ddp, or what the
+    launcher says."""
     loss_kernel: Literal["auto", "torch", "liger"] = "auto"
     """What computes head and loss. auto takes liger on a GPU, where it is installed. With liger
     metrics.jsonl has no entropy and no mean_token_accuracy."""

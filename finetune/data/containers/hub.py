@@ -74,7 +74,12 @@ class HubShard:
     def num_rows(self) -> int | None:
         return None
 
-    def entries(self, first: int, step: int) -> Generator[tuple[str, Any], None, int]:
+    def parts(self) -> "list[HubShard]":
+        return [self]
+
+    def entries(
+        self, first: int, step: int, mark: Any
+    ) -> Generator[tuple[str, Any, None], None, int]:
         number = 0
         dataset = self._dataset.shard(self._dataset.num_shards, self._number)
         rows = iter(dataset)
@@ -89,7 +94,7 @@ class HubShard:
                     "to the network, and resume"
                 ) from error
             if number >= first and (number - first) % step == 0:
-                yield f"{self.shown}:{number + 1}", row
+                yield f"{self.shown}:{number + 1}", row, None
             number += 1
 
     def decode(self, entry: Any) -> Any:

@@ -5,10 +5,13 @@ exactly one of them, whatever their number.
 """
 
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import astuple, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from finetune.data.containers import json_text
 from finetune.data.containers.arrow import batch_rows, batch_size, not_parquet, parquet_file
@@ -31,7 +34,32 @@ from finetune.data.containers.tar_shards import list_samples, read_sample
 from finetune.errors import DataError
 from finetune.patterns import is_pattern
 
-UNEVEN = 1.1  # whole files are dealt out where no consumer gets more than this times the mean
+UNEVEN = 1.1  # shards are dealt out where no consumer gets more than this times the mean
+
+Mark = tuple[int, int, int]
+"""Where a row begins in a shard: its number, the lines before it, its first byte."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a consumer goes on: with its `row` of the `shard`, both by number, at the `mark` where
+    the shard gave one. `before` are the rows of all consumers in the shards before.
+    """
+
+    shard: int
+    before: int
+    row: int
+    mark: Mark | None = None
+
+    def to_json(self) -> list[Any]:
+        """As a checkpoint holds it."""
+        return list(astuple(self))
+
+    @classmethod
+    def from_json(cls, value: Any) -> "Place":
+        """What `to_json` gave."""
+        shard, before, row, mark = value
+        return cls(shard, before, row, tuple(mark) if mark else None)
 
 
 class Shard(Protocol):
@@ -46,9 +74,19 @@ class Shard(Protocol):
         """The number of rows, where it is known without reading them."""
         ...
 
-    def entries(self, first: int, step: int) -> Generator[tuple[str, Any], None, int]:
-        """Place and undecoded row of every `step`-th row from `first` on; returns the number of all
-        rows.
+    def parts(self) -> "Sequence[Shard]":
+        """What it can be cut into, so that nobody reads what others take; itself where it cannot.
+        Raises `DataError`.
+        """
+        ...
+
+    def entries(
+        self, first: int, step: int, mark: Mark | None
+    ) -> Generator[tuple[str, Any, Mark | None], None, int]:
+        """Place and undecoded row of every `step`-th row from `first` on, and a mark behind it
+        where reading can begin there; returns the number of all rows.
+
+        `mark` is one that came before `first`.
         """
         ...
 
@@ -80,57 +118,86 @@ class Stream:
         return self._identity
 
     def iterate(
-        self, consumer: int, num_consumers: int, skip: int = 0
-    ) -> Iterator[tuple[str, Any]]:
+        self, consumer: int, num_consumers: int, skip: int = 0, start: Place | None = None
+    ) -> "Reading":
         """Place and row, or the `DataError`, of this consumer's rows after the first `skip` ones,
-        which are not decoded.
+        which are not decoded; from `start` on, which another reading gave for the same consumer.
 
         The order is fixed for each consumer. Whole shards are dealt out where that is even enough,
-        else all consumers read all shards, and take rows in turn. Raises `DataError` where a shard
-        cannot be read on.
+        else the parts of shards, else all consumers read all shards, and take rows in turn. Raises
+        `DataError` where a shard cannot be read on.
         """
         if not 0 <= consumer < num_consumers:
             raise ValueError(f"consumer {consumer} of {num_consumers}")
-        shards, share, turn = self._shards, num_consumers, consumer
-        if self.deals_whole_shards(num_consumers):
-            shards, share, turn = self._shards[consumer::num_consumers], 1, 0
-        before = 0  # rows of the shards read so far, of all consumers
-        for shard in shards:
-            first = (turn - before) % share
+        for shards in (self._shards, self._parts):
+            if _is_even(shards, num_consumers):
+                return Reading(shards[consumer::num_consumers], 1, start or Place(0, 0, 0), skip)
+        return Reading(self._shards, num_consumers, start or Place(0, 0, consumer), skip)
+
+    def deals_whole_shards(self, num_consumers: int) -> bool:
+        """Whether each shard goes to one consumer, who alone reads it."""
+        return _is_even(self._shards, num_consumers)
+
+    @cached_property
+    def _parts(self) -> list[Shard]:
+        return [part for shard in self._shards for part in shard.parts()]
+
+
+def _is_even(shards: Sequence[Shard], num_consumers: int) -> bool:
+    """Whether each consumer gets about as much where they are dealt out; shards of which one does
+    not know its size count as equal.
+    """
+    if len(shards) < num_consumers:
+        return False
+    sizes = [shard.num_bytes for shard in shards]
+    known = [1 if None in sizes else size or 0 for size in sizes]
+    largest = max(sum(known[i::num_consumers]) for i in range(num_consumers))
+    return largest <= UNEVEN * sum(known) / num_consumers
+
+
+class Reading(Iterator[tuple[str, Any]]):
+    """The rows of one consumer: of each shard one in `step`."""
+
+    def __init__(self, shards: Sequence[Shard], step: int, start: Place, skip: int):
+        self.place = start
+        """Where the next row is."""
+        self._rows = self._read(shards, step, skip)
+
+    def __next__(self) -> tuple[str, Any]:
+        return next(self._rows)
+
+    def _read(self, shards: Sequence[Shard], step: int, skip: int) -> Iterator[tuple[str, Any]]:
+        start = self.place
+        turn, before = (start.before + start.row) % step, start.before
+        for number in range(start.shard, len(shards)):
+            shard, row, mark = shards[number], (turn - before) % step, None
+            if number == start.shard:
+                row, mark = start.row, start.mark
             num_rows = shard.num_rows() if skip else None
             if num_rows is not None:  # skip without reading
-                passed = min(skip, len(range(first, num_rows, share)))
+                passed = min(skip, len(range(row, num_rows, step)))
                 skip -= passed
-                first += passed * share
-                if first >= num_rows:
+                row += passed * step
+                if row >= num_rows:
                     before += num_rows
                     continue
-            entries = shard.entries(first, share)
+            entries = shard.entries(row, step, mark)
             while True:
                 try:
-                    where, entry = next(entries)
+                    where, entry, mark = next(entries)
                 except StopIteration as end:
                     before += end.value
                     break
+                row += step
+                self.place = Place(number, before, row, mark)
                 if skip:
                     skip -= 1
                     continue
                 try:
-                    row = entry if isinstance(entry, DataError) else shard.decode(entry)
+                    decoded = entry if isinstance(entry, DataError) else shard.decode(entry)
                 except DataError as error:
-                    row = error
-                yield where, row
-
-    def deals_whole_shards(self, num_consumers: int) -> bool:
-        """Whether each shard goes to one consumer, who alone reads it."""
-        sizes = [shard.num_bytes for shard in self._shards]
-        if len(sizes) < num_consumers:
-            return False
-        known = [size for size in sizes if size is not None]
-        if len(known) < len(sizes):
-            return len(sizes) % num_consumers == 0
-        largest = max(sum(known[i::num_consumers]) for i in range(num_consumers))
-        return largest <= UNEVEN * sum(known) / num_consumers
+                    decoded = error
+                yield where, decoded
 
 
 class _File:
@@ -144,6 +211,9 @@ class _File:
 
     def num_rows(self) -> int | None:
         return None
+
+    def parts(self) -> Sequence[Any]:
+        return [self]
 
     def decode(self, entry: Any) -> Any:
         return entry
@@ -167,12 +237,18 @@ class _File:
 class LinesShard(_File):
     """JSON Lines, plain or compressed."""
 
-    def entries(self, first: int, step: int) -> Generator[tuple[str, Any], None, int]:
-        row, line_number = 0, 0
+    def entries(
+        self, first: int, step: int, mark: Mark | None
+    ) -> Generator[tuple[str, Any, Mark | None], None, int]:
+        row, line_number, offset = mark or (0, 0, 0)
         with open_plain(self.path) as file:
             self.refuse_changed()
+            can_seek = file.seekable()
+            if offset:
+                file.seek(offset)
             while text := file.readline(json_text.MAX_ROW_BYTES + 1):
                 line_number += 1
+                offset += len(text)
                 if line_number == 1:
                     text = text.removeprefix(BOM)
                 num_bytes, blank = len(text), not text.strip()
@@ -180,13 +256,15 @@ class LinesShard(_File):
                 while len(rest) > json_text.MAX_ROW_BYTES and not rest.endswith(b"\n"):
                     rest = file.readline(json_text.MAX_ROW_BYTES + 1)
                     num_bytes += len(rest)
+                    offset += len(rest)
                     blank = blank and not rest.strip()
                 if blank:
                     continue
-                if row >= first and (row - first) % step == 0:
-                    where = f"{self.shown}:{line_number}"
-                    yield where, text if num_bytes == len(text) else _too_long(num_bytes)
                 row += 1
+                if row > first and (row - 1 - first) % step == 0:
+                    where = f"{self.shown}:{line_number}"
+                    behind = (row, line_number, offset) if can_seek else None
+                    yield where, text if num_bytes == len(text) else _too_long(num_bytes), behind
         self.refuse_changed()
         return row
 
@@ -205,32 +283,57 @@ def _too_long(num_bytes: int) -> DataError | None:
 class TableShard(_File):
     """CSV and TSV, plain or compressed."""
 
-    def entries(self, first: int, step: int) -> Generator[tuple[str, Any], None, int]:
+    def entries(
+        self, first: int, step: int, mark: Mark | None
+    ) -> Generator[tuple[str, Any, Mark | None], None, int]:
         row = 0
         with open_plain(self.path) as file:
             self.refuse_changed()
             table = read_table(file, self.shown, tabs=suffix_of(self.path) == ".tsv")
             for line_number, record in table:
                 if row >= first and (row - first) % step == 0:
-                    yield f"{self.shown}:{line_number}", record
+                    yield f"{self.shown}:{line_number}", record, None
                 row += 1
         self.refuse_changed()
         return row
 
 
 class ParquetShard(_File):
-    """Parquet, a row group after the other."""
+    """Parquet, a row group after the other; or one group alone, after so many rows of others."""
+
+    def __init__(
+        self, stamp: FileStamp, shown: str, group: int | None = None, rows_before: int = 0
+    ):
+        super().__init__(stamp, shown)
+        self.group = group
+        self.rows_before = rows_before
 
     def num_rows(self) -> int | None:
         self.refuse_changed()
         with parquet_file(self.path, self.shown) as file:
-            return file.metadata.num_rows
+            return sum(file.metadata.row_group(i).num_rows for i in self._groups(file))
 
-    def entries(self, first: int, step: int) -> Generator[tuple[str, Any], None, int]:
+    def parts(self) -> Sequence[Shard]:
+        found, rows_before = [], self.rows_before
+        self.refuse_changed()
+        with parquet_file(self.path, self.shown) as file:
+            for i in self._groups(file):
+                part = ParquetShard(self.stamp, self.shown, i, rows_before)
+                part.num_bytes = file.metadata.row_group(i).total_byte_size
+                rows_before += file.metadata.row_group(i).num_rows
+                found.append(part)
+        return found
+
+    def _groups(self, file: pq.ParquetFile) -> Sequence[int]:
+        return range(file.num_row_groups) if self.group is None else [self.group]
+
+    def entries(
+        self, first: int, step: int, mark: Mark | None
+    ) -> Generator[tuple[str, Any, Mark | None], None, int]:
         self.refuse_changed()
         with parquet_file(self.path, self.shown) as file:
             begin, size = 0, batch_size(file)
-            for group in range(file.num_row_groups):
+            for group in self._groups(file):
                 group_rows = file.metadata.row_group(group).num_rows
                 if begin + group_rows <= first:
                     begin += group_rows
@@ -239,7 +342,8 @@ class ParquetShard(_File):
                     for batch in file.iter_batches(size, row_groups=[group]):
                         start = max(first - begin, (first - begin) % step)
                         for k in range(start, batch.num_rows, step):
-                            yield f"{self.shown}:{begin + k + 1}", batch.slice(k, 1)
+                            where = f"{self.shown}:{self.rows_before + begin + k + 1}"
+                            yield where, batch.slice(k, 1), None
                         begin += batch.num_rows
                 except (OSError, pa.ArrowException) as error:
                     self.refuse_changed()
@@ -257,11 +361,13 @@ class ParquetShard(_File):
 class TarFile(_File):
     """A tar archive; its members are looked up when its turn comes."""
 
-    def entries(self, first: int, step: int) -> Generator[tuple[str, Any], None, int]:
+    def entries(
+        self, first: int, step: int, mark: Mark | None
+    ) -> Generator[tuple[str, Any, Mark | None], None, int]:
         self.refuse_changed()
         samples = list_samples(self.stamp, self.shown)
         for sample in samples[first::step]:
-            yield f"{self.shown}:{sample['key']}", sample
+            yield f"{self.shown}:{sample['key']}", sample, None
         return len(samples)
 
     def decode(self, entry: Any) -> Any:

@@ -1,0 +1,108 @@
+"""A batch that does not fit into the memory: told apart from other errors, named, and halved."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from finetune.data.collate import BatchRow
+from finetune.errors import ModelError
+
+
+class OutOfMemoryError(ModelError):
+    """A batch did not fit, or a single row."""
+
+
+@contextmanager
+def told_apart() -> Iterator[list[str]]:
+    """Runs the block; where memory ran out in it, the list given has torch's message in it.
+
+    The error itself is let go of, since its traceback would hold on to the tensors that fill the
+    memory.
+    """
+    found: list[str] = []
+    try:
+        yield found
+    except torch.OutOfMemoryError as error:
+        found.append(str(error).partition("\n")[0])
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):
+            raise
+        found.append(str(error).rpartition("] ")[2])
+
+
+def out_of_memory(step: int, rows: Sequence[BatchRow], told: str) -> OutOfMemoryError:
+    """The error for a batch at a step: which rows, how many tokens and views."""
+    heaviest = sorted(rows, key=lambda row: (-row.num_views, -row.num_tokens))
+    listed = ", ".join(
+        f"{row.where} ({row.num_tokens:,} tokens, {row.num_views:,} views)" for row in heaviest[:4]
+    )
+    more = f" and {len(rows) - 4} more" if len(rows) > 4 else ""
+    tokens, views = (sum(getattr(row, key) for row in rows) for key in ("num_tokens", "num_views"))
+    return OutOfMemoryError(
+        f"step {step}: out of memory at a batch of {len(rows)} rows, {tokens:,} tokens and "
+        f"{views:,} views: {listed}{more} ({told})"
+    )
+
+
+class Halving:
+    """Computes batches; one that the memory does not hold as its two halves, and these again, whose
+    losses and gradients add up to the same.
+    """
+
+    def __init__(self, collate: Callable[[list[Any]], dict[str, Any]]):
+        """`collate` makes a batch of rows' features once more."""
+        self.collate = collate
+        self.num_splits = 0
+
+    def compute(
+        self,
+        run: Callable[[dict[str, Any]], torch.Tensor],
+        batch: dict[str, Any],
+        rows: Sequence[BatchRow],
+        parameters: Sequence[torch.nn.Parameter],
+        step: int,
+    ) -> torch.Tensor:
+        """The loss that `run` gives, its gradients in `parameters`. Raises `OutOfMemoryError` for
+        a row that does not fit by itself.
+        """
+        loss, told = apart_from_others(parameters, lambda: run(dict(batch)))
+        if loss is not None:
+            return loss
+        if len(rows) < 2:
+            raise out_of_memory(step, rows, told)
+        self.num_splits += 1
+        middle = len(rows) // 2
+        losses = []
+        for half in (rows[:middle], rows[middle:]):
+            smaller = self.collate([row.feature for row in half])
+            smaller.pop("rows")
+            losses.append(self.compute(run, smaller, half, parameters, step))
+        return losses[0] + losses[1]
+
+
+def apart_from_others(
+    parameters: Sequence[torch.nn.Parameter], compute: Callable[[], torch.Tensor]
+) -> tuple[torch.Tensor | None, str]:
+    """What `compute` gives, its gradients added to those that are there: all of them, or none
+    where memory ran out on the way, with torch's message then.
+
+    It takes the memory of the gradients once more.
+    """
+    before = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    loss = None
+    with told_apart() as found:
+        loss = compute()
+    for parameter, gradient in zip(parameters, before, strict=True):
+        if found or parameter.grad is None:
+            parameter.grad = gradient
+        elif gradient is not None:
+            parameter.grad = gradient.add_(parameter.grad)
+    if found:
+        loss = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return loss, "".join(found)

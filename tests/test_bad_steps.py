@@ -1,0 +1,240 @@
+"""Steps whose loss is no number or a spike: told with their rows, stopped at or left out."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from finetune.bad_steps import BadSteps
+from finetune.data.collate import BatchRow
+from finetune.errors import ModelError
+from finetune.recipe import TrainingSection, load_recipe
+from finetune.rundir import RunDir
+from finetune.train import train
+
+HERE = torch.device("cpu")
+
+
+def watched(folder: Path, **settings: Any) -> BadSteps:
+    return BadSteps(TrainingSection(**settings), RunDir(folder))
+
+
+def rows(*places: str) -> tuple[BatchRow, ...]:
+    return tuple(BatchRow(place, 10, 1) for place in places)
+
+
+def a_step(bad_steps: BadSteps, step: int, *losses: float) -> bool:
+    """Of passes of one row each, named by their number, with equal numbers of tokens."""
+    for number, loss in enumerate(losses):
+        bad_steps.take(torch.tensor(loss), torch.tensor(5.0), rows(f"a.jsonl:{number}"))
+    return bad_steps.judge(step, [], HERE)
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    text = (folder / "bad_steps" / "steps.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_step_without_a_number_stops_the_run_and_names_the_rows_that_made_it(
+    tmp_path: Path,
+) -> None:
+    bad_steps = watched(tmp_path)
+    with pytest.raises(ModelError, match=r"step 7: the loss is nan, with a\.jsonl:1 in the batch"):
+        a_step(bad_steps, 7, 0.5, math.nan, 0.5)
+    (line,) = lines(tmp_path)
+    assert line["loss"] == "nan"
+    assert [row["where"] for row in line["rows"]] == ["a.jsonl:1"]
+
+
+def test_a_spike_is_told_by_the_median_and_blamed_on_the_highest_pass(tmp_path: Path) -> None:
+    bad_steps = watched(tmp_path, bad_loss="skip", spike_factor=3.0)
+    for step in range(10):
+        assert a_step(bad_steps, step, 0.5, 0.5)
+    assert a_step(bad_steps, 10, 1.4, 1.6)  # three times the median, and not more
+    assert not a_step(bad_steps, 11, 1.0, 2.1)
+    (line,) = lines(tmp_path)
+    assert "3.1 times the median of the 11 steps before" in line["why"]
+    assert [row["where"] for row in line["rows"]] == ["a.jsonl:1"]
+    assert list(bad_steps.losses)[-1] == pytest.approx(3.0)  # the spike is not remembered
+
+
+def test_nothing_is_a_spike_before_ten_steps_nor_without_a_factor(tmp_path: Path) -> None:
+    early = watched(tmp_path, spike_factor=2.0)
+    assert a_step(early, 1, 0.1)
+    assert a_step(early, 2, 100.0)
+    unwatched = watched(tmp_path)
+    assert all(a_step(unwatched, step, 0.1) for step in range(20))
+    assert a_step(unwatched, 20, 1e6)
+
+
+def test_a_gradient_without_a_number_is_found_though_the_loss_has_one(tmp_path: Path) -> None:
+    bad_steps = watched(tmp_path, bad_loss="skip")
+    bad_steps.take(torch.tensor(0.5), torch.tensor(5.0), rows("a.jsonl:1", "a.jsonl:2"))
+    assert not bad_steps.judge(1, [torch.ones(3), torch.tensor([1.0, math.inf])], HERE)
+    (line,) = lines(tmp_path)
+    assert line["why"] == "its gradient holds no number"
+    assert [row["where"] for row in line["rows"]] == ["a.jsonl:1", "a.jsonl:2"]
+
+
+def test_ten_in_a_row_stop_a_run_that_leaves_them_out(tmp_path: Path) -> None:
+    bad_steps = watched(tmp_path, bad_loss="skip")
+    for step in range(9):
+        assert not a_step(bad_steps, step, math.inf)
+    assert a_step(bad_steps, 9, 1.0)
+    for step in range(10, 19):
+        assert not a_step(bad_steps, step, math.inf)
+    with pytest.raises(ModelError, match="10th in a row: training has diverged"):
+        a_step(bad_steps, 19, math.inf)
+
+
+def test_what_is_remembered_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+    before, after = (watched(tmp_path, bad_loss="skip", spike_factor=3.0) for _ in range(2))
+    for step in range(10):
+        a_step(before, step, 1.0)
+    a_step(before, 10, math.nan)
+    before.write(tmp_path)
+    after.go_on(tmp_path)
+    assert (after.num_skipped, after.num_in_a_row) == (1, 1)
+    assert not a_step(after, 11, 3.5)
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """`poisoned(n)` makes the loss of the n-th pass of a run, from 1, no number."""
+    from finetune.trainer import VisionSFTTrainer
+
+    stock = VisionSFTTrainer.compute_loss
+
+    def poison(number: int) -> None:
+        count = [0]
+
+        def compute_loss(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            found = stock(self, model, inputs, *args, **kwargs)
+            if not torch.is_grad_enabled():
+                return found
+            count[0] += 1
+            return found * math.nan if count[0] == number else found
+
+        monkeypatch.setattr(VisionSFTTrainer, "compute_loss", compute_loss)
+
+    return poison
+
+
+def settings(**training: Any) -> dict[str, Any]:
+    return {
+        "scheduler": "constant",
+        "warmup_ratio": 0,
+        "max_steps": 3,
+        "save_steps": 100,
+        **training,
+    }
+
+
+def test_a_step_left_out_changes_no_weight_and_is_counted(
+    dataset: Callable[..., Path], tmp_path: Path, poisoned: Callable[[int], None]
+) -> None:
+    """Against a run that ended before it."""
+    recipe = str(dataset(num_eval=0, training=settings(), adapter={"dropout": 0.0}))
+    train(load_recipe(recipe, ["training.max_steps=2", f"output.dir={tmp_path / 'short'}"]))
+    poisoned(3)
+    skipping = load_recipe(recipe, ["training.bad_loss=skip", f"output.dir={tmp_path / 'run'}"])
+    assert train(skipping) == 0
+    short, run = RunDir(tmp_path / "short"), RunDir(tmp_path / "run")
+    name = "adapter_model.safetensors"
+    trained, kept = load_file(run.adapter / name), load_file(short.adapter / name)
+    assert all(torch.equal(trained[key], kept[key]) for key in kept)
+    assert json.loads(run.summary.read_text())["num_skipped_steps"] == 1
+    logged = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert all(math.isfinite(line["loss"]) for line in logged if "loss" in line)
+    assert logged[-1]["skipped_steps"] == 1
+    (line,) = lines(run.path)
+    assert line["step"] == 3
+    assert len(line["rows"]) == 4
+
+
+def test_the_mean_loss_counts_the_steps_that_were_taken(
+    dataset: Callable[..., Path], tmp_path: Path, poisoned: Callable[[int], None]
+) -> None:
+    """Without a rate every step of an epoch-long batch has one loss, whatever is left out."""
+    fixed = settings(learning_rate=1e-30, batch_size=12, logging_steps=3, bad_loss="skip")
+    recipe = str(dataset(num_eval=0, training=fixed, adapter={"dropout": 0.0}))
+    means = []
+    for name in ("whole", "skipped"):
+        train(load_recipe(recipe, [f"output.dir={tmp_path / name}"]))
+        logged = RunDir(tmp_path / name).metrics.read_text().splitlines()
+        means.append([json.loads(line) for line in logged][-1])
+        poisoned(3)
+    assert means[1]["skipped_steps"] == 1
+    assert means[1]["loss"] == pytest.approx(means[0]["loss"], rel=1e-3)
+    assert means[1]["entropy"] == pytest.approx(means[0]["entropy"], rel=1e-3)
+
+
+def test_the_rows_of_a_bad_step_can_be_looked_at(
+    dataset: Callable[..., Path], tmp_path: Path, poisoned: Callable[[int], None]
+) -> None:
+    recipe = str(dataset(num_eval=0, training=settings()))
+    poisoned(2)
+    with pytest.raises(ModelError) as error:
+        train(load_recipe(recipe))
+    page = tmp_path / "run" / "bad_steps" / "step-2.html"
+    (line,) = lines(tmp_path / "run")
+    assert str(page) in str(error.value)
+    for row in line["rows"]:
+        assert row["where"] in page.read_text()
+        assert row["where"] in str(error.value)
+
+
+def test_weights_that_run_away_are_found_at_the_first_step_that_shows_it(
+    dataset: Callable[..., Path],
+) -> None:
+    recipe = dataset(training={"learning_rate": 1e30, "warmup_ratio": 0, "max_steps": 20})
+    with pytest.raises(ModelError, match=r"step [23]: the loss is (nan|inf)"):
+        train(load_recipe(str(recipe)))
+
+
+def test_a_run_resumed_after_a_step_left_out_ends_with_the_same_bytes(
+    dataset: Callable[..., Path], tmp_path: Path, poisoned: Callable[[int], None]
+) -> None:
+    keys = settings(max_steps=4, save_steps=3, bad_loss="skip", spike_factor=4.0)
+    recipe = str(dataset(num_eval=0, training=keys, adapter={"dropout": 0.0}))
+    poisoned(2)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train(load_recipe(recipe, [f"output.dir={whole}"]))
+    poisoned(2)
+    train(load_recipe(recipe, [f"output.dir={broken}"]))
+    # as if it had been killed after the checkpoint of step 3
+    (broken / "summary.json").unlink()
+    shutil.rmtree(broken / "checkpoints" / "checkpoint-4")
+    poisoned(100)
+    train(load_recipe(recipe, [f"output.dir={broken}"]), resume=True)
+    file = Path("adapter") / "adapter_model.safetensors"
+    assert (whole / file).read_bytes() == (broken / file).read_bytes()
+    assert json.loads((broken / "summary.json").read_text())["num_skipped_steps"] == 1
+
+
+@pytest.mark.slow
+def test_two_processes_stop_at_the_same_step_and_say_so_once(
+    dataset: Callable[..., Path], tmp_path: Path
+) -> None:
+    keys = {"learning_rate": 1e30, "warmup_ratio": 0, "max_steps": 20, "batch_size": 2}
+    recipe = dataset(num_eval=0, training=keys)
+    done = subprocess.run(
+        [sys.executable, "-m", "finetune", "train", str(recipe), "--processes", "2"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("error: step ") == 1
+    (line,) = lines(tmp_path / "run")
+    assert len(line["rows"]) == 4  # of both

@@ -1,0 +1,303 @@
+"""The files in recipes/launch, and what `training.distributed` makes of them: as accelerate's own
+launcher reads them.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from socket import socket
+from typing import Any
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from torch.distributed.fsdp import StateDictType
+
+from finetune import engines
+from finetune.engines import ENGINES, environment_of, launch_file, use_engine
+from finetune.errors import RecipeError
+from finetune.launch import num_nodes
+from finetune.processes import engine
+from finetune.recipe import load_recipe, recipes_dir, shipped_recipes
+from finetune.rundir import RunDir, read_json
+from tests.test_processes import FINETUNE, run
+
+KINDS = {
+    "ddp": DistributedType.MULTI_GPU,
+    "fsdp": DistributedType.FSDP,
+    "zero2": DistributedType.DEEPSPEED,
+    "zero3": DistributedType.DEEPSPEED,
+}
+each_engine = pytest.mark.parametrize("name", ENGINES)
+
+
+@pytest.fixture(autouse=True)
+def _environment() -> Iterator[None]:
+    """As it was, whatever accelerate sets."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def set_by_accelerate(name: str) -> dict[str, str]:
+    """What `accelerate launch` puts into the environment of its processes."""
+    words = ["--config_file", str(launch_file(name)), "--num_processes", "2", "-m", "finetune"]
+    args, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    if args.use_deepspeed:
+        args.deepspeed_fields_from_accelerate_config = ""
+        return prepare_deepspeed_cmd_env(args)[1]
+    return prepare_multi_gpu_env(args)
+
+
+# The files
+
+
+@each_engine
+def test_accelerate_reads_the_file(name: str) -> None:
+    config = load_config_from_file(str(launch_file(name)))
+    assert isinstance(config, ClusterConfig)
+    assert config.distributed_type == KINDS[name]
+    assert config.num_processes == -1  # or so many would be started, asked for or not
+
+
+def test_every_file_is_an_engine_s_and_none_is_a_recipe() -> None:
+    files = {path.stem for path in (recipes_dir() / "launch").iterdir()}
+    assert files == set(ENGINES)
+    assert not any("launch" in name for name in shipped_recipes())
+
+
+@each_engine
+def test_the_file_opens_with_the_two_commands_that_do_the_same(name: str) -> None:
+    text = launch_file(name).read_text(encoding="utf-8")
+    assert (
+        f"accelerate launch --config_file recipes/launch/{name}.yaml --num_processes 8 -m" in text
+    )
+    setting = "" if name == "ddp" else f"training.distributed={name} "
+    assert f"finetune train RECIPE {setting}--processes 8\n" in text
+
+
+@each_engine
+def test_the_recipe_s_key_sets_what_accelerate_launch_sets(name: str) -> None:
+    ours, theirs = environment_of(name), set_by_accelerate(name)
+    assert ours.items() <= theirs.items()
+    told = {key for key in theirs.keys() - os.environ.keys() if "USE_" in key}
+    assert {key for key in told if key in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")} == {
+        key for key in ours if key.startswith("ACCELERATE_USE_")
+    }
+
+
+def test_accelerate_s_plugin_for_fsdp_is_the_same_by_either_way() -> None:
+    os.environ.update(environment_of("fsdp"))
+    ours = FullyShardedDataParallelPlugin()
+    os.environ.update(set_by_accelerate("fsdp"))
+    theirs = FullyShardedDataParallelPlugin()
+    for key, value in vars(theirs).items():
+        assert repr(vars(ours)[key]) == repr(value), key
+    assert ours.fsdp_version == 2
+    assert ours.reshard_after_forward is True
+    assert ours.state_dict_type is StateDictType.FULL_STATE_DICT
+    assert not ours.cpu_ram_efficient_loading
+    assert not ours.activation_checkpointing
+
+
+@pytest.mark.parametrize(("name", "stage"), [("zero2", 2), ("zero3", 3)])
+def test_accelerate_s_plugin_for_deepspeed_is_the_same_by_either_way(name: str, stage: int) -> None:
+    os.environ.update(environment_of(name))
+    ours = DeepSpeedPlugin()
+    os.environ.update(set_by_accelerate(name))
+    assert DeepSpeedPlugin().deepspeed_config == ours.deepspeed_config
+    assert ours.zero_stage == stage
+    assert ours.zero3_init_flag is False
+    assert ours.zero3_save_16bit_model is (stage == 3)
+    assert engine() == name
+
+
+# The key
+
+
+@pytest.fixture
+def on_two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as `use_engine` asks: one of two processes, on GPUs, with DeepSpeed installed."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(engines, "has_devices", lambda: True)
+    monkeypatch.setattr(engines, "missing", lambda packages: [])
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "zero2"])
+def test_an_engine_by_name_is_what_accelerate_is_told(
+    name: str, dataset: Callable[..., Path], on_two_gpus: None
+) -> None:
+    recipe = load_recipe(
+        dataset(evaluation={"rows_in_training": 0}), [f"training.distributed={name}"]
+    )
+    assert use_engine(recipe, "mine.yaml").training.distributed == name
+    assert engine() == name
+
+
+def test_zero3_is_refused_and_may_be_tried_dry(
+    dataset: Callable[..., Path], on_two_gpus: None
+) -> None:
+    recipe = load_recipe(dataset(), ["training.distributed=zero3"])
+    with pytest.raises(RecipeError, match="set fsdp, which shards the same weights"):
+        use_engine(recipe, "mine.yaml")
+    assert use_engine(recipe, "mine.yaml", dry_run=True) == recipe
+
+
+@pytest.mark.parametrize("name", ["fsdp", "zero2"])
+def test_an_engine_that_the_launcher_tells_is_written_into_the_recipe(
+    name: str, dataset: Callable[..., Path], on_two_gpus: None
+) -> None:
+    recipe = load_recipe(dataset(evaluation={"rows_in_training": 0}))
+    assert use_engine(recipe, "mine.yaml").training.distributed is None
+    os.environ.update(set_by_accelerate(name))
+    assert use_engine(recipe, "mine.yaml").training.distributed == name
+
+
+@pytest.mark.parametrize(
+    ("settings", "told", "message"),
+    [
+        (["training.distributed=fsdp"], "zero2", "fsdp, and the launcher asks for zero2"),
+        (["training.distributed=ddp"], "fsdp", "ddp, and the launcher asks for fsdp"),
+        (["training.optimizer=lion_32bit"], "fsdp", "training.optimizer: lion_32bit"),
+        (["evaluation.rows_in_training=5"], "fsdp", "set evaluation.rows_in_training: 0"),
+    ],
+)
+def test_what_the_launcher_s_engine_cannot_do_is_refused(
+    settings: list[str], told: str, message: str, dataset: Callable[..., Path], on_two_gpus: None
+) -> None:
+    path = dataset(evaluation={"rows_in_training": 0})
+    recipe = load_recipe(path, settings)
+    os.environ.update(set_by_accelerate(told))
+    with pytest.raises(RecipeError, match=message):
+        use_engine(recipe, "mine.yaml")
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"FSDP_VERSION": "1"}, "fsdp_version: 1 is not available"),
+        ({"FSDP_TRANSFORMER_CLS_TO_WRAP": "MistralDecoderLayer"}, "follows from the model"),
+        ({"WORLD_SIZE": "1"}, "add --processes N"),
+    ],
+)
+def test_a_configuration_of_one_s_own_that_would_not_hold_is_refused(
+    variables: dict[str, str], message: str, dataset: Callable[..., Path], on_two_gpus: None
+) -> None:
+    recipe = load_recipe(dataset(evaluation={"rows_in_training": 0}))
+    os.environ.update(set_by_accelerate("fsdp"))
+    os.environ.update(variables)
+    with pytest.raises(RecipeError, match=message):
+        use_engine(recipe, "mine.yaml")
+
+
+def test_without_a_gpu_an_engine_is_refused_and_may_be_tried_dry(
+    dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(engines, "has_devices", lambda: False)
+    recipe = load_recipe(dataset(evaluation={"rows_in_training": 0}), ["training.distributed=fsdp"])
+    with pytest.raises(RecipeError, match="fsdp runs on GPUs only"):
+        use_engine(recipe, "mine.yaml")
+    assert use_engine(recipe, "mine.yaml", dry_run=True) == recipe
+    assert engine() == "ddp"  # which accelerate would take, and so need not be told
+
+
+@pytest.mark.slow
+@each_engine
+def test_an_engine_is_tried_dry_or_says_what_is_missing(
+    name: str, dataset: Callable[..., Path]
+) -> None:
+    recipe = dataset(evaluation={"rows_in_training": 0})
+    words = ["train", str(recipe), f"training.distributed={name}", "--dry-run", "--processes", "2"]
+    done = run(*FINETUNE, *words)
+    if name.startswith("zero") and engines.missing({"": "deepspeed"}):
+        assert done.returncode == 2
+        assert "needs the package deepspeed" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+        assert "dry run" in done.stdout
+
+
+# Several machines, and what docs/scale.md shows
+
+
+def test_machines_that_could_not_find_each_other_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PET_NNODES", "2:4")
+    with pytest.raises(RecipeError, match="PET_NNODES: '2:4'"):
+        num_nodes()
+    monkeypatch.setenv("PET_NNODES", "2")
+    with pytest.raises(RecipeError, match="set PET_RDZV_ENDPOINT"):
+        num_nodes()
+    monkeypatch.setenv("PET_RDZV_ENDPOINT", "localhost:29500")
+    assert num_nodes() == 2
+
+
+@pytest.mark.slow
+def test_two_launchers_that_find_each_other_train_one_run_and_end_it_together(
+    dataset: Callable[..., Path], tmp_path: Path
+) -> None:
+    """As on two machines, each with one process."""
+    training = {"max_steps": 3000, "batch_size": 1, "logging_steps": 1, "save_steps": 1000}
+    recipe = dataset(num_eval=0, training=training)
+    with socket() as free:
+        free.bind(("localhost", 0))
+        endpoint = f"localhost:{free.getsockname()[1]}"
+    variables = {"PET_NNODES": "2", "PET_RDZV_ENDPOINT": endpoint, "OMP_NUM_THREADS": "1"}
+    launchers = [
+        subprocess.Popen(
+            [*FINETUNE, "train", str(recipe), "--processes", "1"],
+            env=os.environ | variables,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        for _ in range(2)
+    ]
+    metrics = RunDir(tmp_path / "run").metrics
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline and not (metrics.is_file() and metrics.stat().st_size):
+        time.sleep(0.1)
+    for launcher in launchers:
+        launcher.send_signal(signal.SIGUSR1)
+    ended = [launcher.communicate(timeout=180)[1] for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [75, 75], ended
+    assert read_json(RunDir(tmp_path / "run").environment)["num_processes"] == 2
+    assert len(list((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))) == 1
+
+
+def examples(language: str) -> list[str]:
+    text = (Path(__file__).parent.parent / "docs" / "scale.md").read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def test_the_scripts_shown_are_ones_that_bash_reads() -> None:
+    assert examples("bash")
+    for script in examples("bash"):
+        done = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_the_manifests_shown_are_yaml_of_the_kinds_they_say() -> None:
+    documents: list[Any] = [each for text in examples("yaml") for each in yaml.safe_load_all(text)]
+    assert {each["kind"] for each in documents} >= {"Service", "Job"}
+    (job,) = (each for each in documents if each["kind"] == "Job")
+    spec = job["spec"]
+    assert spec["completionMode"] == "Indexed"
+    assert spec["completions"] == spec["parallelism"]
+    (container,) = spec["template"]["spec"]["containers"]
+    variables = {each["name"]: each.get("value") for each in container["env"]}
+    assert variables["PET_NNODES"] == str(spec["completions"])
+    (rule,) = (r for r in spec["podFailurePolicy"]["rules"] if "onExitCodes" in r)
+    assert rule["action"] == "Ignore"
+    assert rule["onExitCodes"]["values"] == [75]
+    assert spec["template"]["spec"]["restartPolicy"] == "Never"  # which the policy asks for

@@ -1,0 +1,152 @@
+"""Batches that the memory does not hold: named, or halved with the same result."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from finetune.data.collate import BatchRow
+from finetune.errors import ModelError, RecipeError
+from finetune.out_of_memory import apart_from_others, out_of_memory, told_apart
+from finetune.recipe import load_recipe
+from finetune.rundir import RunDir
+from finetune.train import train
+
+
+@pytest.fixture
+def small_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`small_memory(n)`: the backward pass of more than n learnt rows runs out of memory, after it
+    has computed gradients.
+    """
+    from finetune.trainer import VisionSFTTrainer
+
+    stock = VisionSFTTrainer.compute_loss
+
+    def limit(num_rows: int) -> None:
+        def compute_loss(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            found = stock(self, model, inputs, *args, **kwargs)
+            if torch.is_grad_enabled() and len(inputs["input_ids"]) > num_rows:
+                first = next(p for n, p in model.named_parameters() if "lora_B" in n)
+                return found + _Full.apply(first.sum() * 0 + found * 0)
+            return found
+
+        monkeypatch.setattr(VisionSFTTrainer, "compute_loss", compute_loss)
+
+    return limit
+
+
+class _Full(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore words")
+
+
+def settings(**training: Any) -> dict[str, Any]:
+    return {
+        "max_steps": 3,
+        "batch_size": 4,
+        "gradient_accumulation": 2,
+        "save_steps": 100,
+        **training,
+    }
+
+
+def test_halves_train_as_the_whole_batch(
+    dataset: Callable[..., Path], tmp_path: Path, small_memory: Callable[..., None]
+) -> None:
+    """Against a run with memory enough: losses, norms of the gradient, weights."""
+    keys = settings(on_oom="split", share_images="off")
+    recipe = str(dataset(num_train=16, num_eval=0, training=keys, adapter={"dropout": 0.0}))
+    runs = [RunDir(tmp_path / name) for name in ("enough", "little")]
+    for run in runs:
+        assert train(load_recipe(recipe, [f"output.dir={run.path}"])) == 0
+        small_memory(1)
+    logged = [[json.loads(line) for line in run.metrics.read_text().splitlines()] for run in runs]
+    for whole, halved in zip(*logged, strict=True):
+        for key in ("loss", "grad_norm"):
+            assert halved[key] == pytest.approx(whole[key], rel=1e-4), key
+        assert halved["num_tokens"] <= whole["num_tokens"]  # less padding
+        assert halved["samples"] == whole["samples"]
+        assert "oom_splits" not in whole
+    # of 4 rows: into 2 and 2, and each of these into 1 and 1; two passes a step, three steps
+    assert [line["oom_splits"] for line in logged[1]] == [6, 12, 18]
+    assert json.loads(runs[1].summary.read_text())["num_oom_splits"] == 18
+    name = "adapter_model.safetensors"
+    whole, halved = (load_file(run.adapter / name) for run in runs)
+    for key, weight in whole.items():
+        torch.testing.assert_close(halved[key], weight, rtol=1e-3, atol=2e-5)
+
+
+def test_a_batch_that_does_not_fit_is_named_with_its_views_and_tokens(
+    dataset: Callable[..., Path], small_memory: Callable[..., None]
+) -> None:
+    recipe = str(dataset(num_eval=0, training=settings()))
+    small_memory(1)
+    with pytest.raises(ModelError) as error:
+        train(load_recipe(recipe))
+    message = str(error.value)
+    assert "step 1: out of memory at a batch of 4 rows, " in message
+    assert "4 views: " in message
+    assert "train.jsonl:" in message
+    assert "CUDA out of memory. Tried to allocate 2.00 GiB." in message
+    assert "training.on_oom: split" in message
+
+
+def test_a_single_row_that_does_not_fit_ends_the_run(
+    dataset: Callable[..., Path], small_memory: Callable[..., None]
+) -> None:
+    recipe = str(dataset(num_eval=0, training=settings(on_oom="split")))
+    small_memory(0)
+    with pytest.raises(ModelError, match="out of memory at a batch of 1 rows"):
+        train(load_recipe(recipe))
+
+
+def test_gradients_of_a_pass_that_failed_half_way_are_taken_back() -> None:
+    weight = torch.nn.Parameter(torch.tensor([2.0]))
+    weight.grad = torch.tensor([10.0])
+
+    def fails() -> torch.Tensor:
+        (weight * 3).sum().backward()
+        raise torch.OutOfMemoryError("full")
+
+    loss, told = apart_from_others([weight], fails)
+    assert loss is None
+    assert told == "full"
+    assert weight.grad.tolist() == [10.0]
+
+    def works() -> torch.Tensor:
+        loss = (weight * 3).sum()
+        loss.backward()
+        return loss
+
+    loss, _ = apart_from_others([weight], works)
+    assert weight.grad is not None
+    assert weight.grad.tolist() == [13.0]
+
+
+def test_memory_that_runs_out_on_a_cpu_is_told_apart_and_other_errors_are_not() -> None:
+    with told_apart() as told:
+        torch.empty(2**55)
+    assert "can't allocate memory" in told[0]
+    with pytest.raises(RuntimeError, match="shape"), told_apart():
+        torch.ones(2).reshape(3)
+
+
+def test_the_heaviest_rows_are_named_first() -> None:
+    batch = [BatchRow("a:1", 70, 1), BatchRow("a:2", 400, 5), BatchRow("a:3", 90, 1)]
+    message = str(out_of_memory(4, batch, "full"))
+    assert "3 rows, 560 tokens and 7 views: a:2 (400 tokens, 5 views), a:3" in message
+
+
+def test_split_is_refused_for_a_stream(dataset: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = str(dataset(num_eval=0))
+    with pytest.raises(RecipeError, match="split reads the rows of a batch again"):
+        load_recipe(recipe, ["training.on_oom=split", "data.train.0.streaming=true"])
