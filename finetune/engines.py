@@ -21,6 +21,8 @@ from finetune.recipe.conflicts import conflicts
 from finetune.recipe.files import LAUNCH, recipes_dir
 
 ENGINES = ("ddp", "fsdp", "zero2", "zero3")
+_FREE = ("ACCELERATE_USE_FSDP", "FSDP_RESHARD_AFTER_FORWARD")
+"""What a launcher may tell otherwise than recipes/launch/fsdp.yaml."""
 
 
 def launch_file(name: str) -> Path:
@@ -66,8 +68,9 @@ def _of_launcher(asked: str | None, told: str) -> Iterator[str]:
             "out"
         )
     if told == "fsdp":
-        if os.environ.get("FSDP_VERSION", "1") != "2":
-            yield "fsdp_version: 1 is not available; set 2, as recipes/launch/fsdp.yaml"
+        for key, value in environment_of("fsdp").items():
+            if key not in _FREE and os.environ.get(key, "").lower() != value.lower():
+                yield f"{key.lower()}: set {value}, as in recipes/launch/fsdp.yaml"
         if os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP"):
             yield "fsdp_transformer_layer_cls_to_wrap: follows from the model; leave it out"
     if os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
@@ -80,7 +83,7 @@ def _of_launcher(asked: str | None, told: str) -> Iterator[str]:
 def _of_this_machine(name: str, dry_run: bool) -> Iterator[str]:
     if name == "ddp":
         return
-    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
+    if int(os.environ.get("WORLD_SIZE") or 1) == 1 and not dry_run:
         yield (
             f"training.distributed: {name} shares out what several processes hold; add --processes "
             "N, or leave it out"

@@ -183,7 +183,9 @@ def test_what_the_launcher_s_engine_cannot_do_is_refused(
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"FSDP_VERSION": "1"}, "fsdp_version: 1 is not available"),
+        ({"FSDP_VERSION": "1"}, "fsdp_version: set 2"),
+        ({"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, "set TRANSFORMER_BASED_WRAP"),
+        ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "ram_efficient_loading: set false"),
         ({"FSDP_TRANSFORMER_CLS_TO_WRAP": "MistralDecoderLayer"}, "follows from the model"),
         ({"WORLD_SIZE": "1"}, "add --processes N"),
     ],
