@@ -275,8 +275,10 @@ def test_a_process_that_cannot_go_on_with_a_stream_ends_all_with_its_words(
     settings.append(f"data.bad_rows={bad_rows}")
     done = run(*FINETUNE, "train", str(recipe), *settings, "--processes", "2", timeout=120)
     assert done.returncode == 2, done.stderr
-    assert told in done.stderr
-    assert done.stderr.count("error: ") == 1
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    # the others say it, too, where the first takes long to end
+    (error,) = {line.removeprefix("error: ").removeprefix("process 1: ") for line in errors}
+    assert told in error
     assert "Traceback" not in done.stderr
 
 
