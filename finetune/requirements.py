@@ -41,6 +41,11 @@ def refuse_what_cannot_run(recipe: Recipe, source: str) -> None:
             f"training.optimizer: {name} cannot be set up by this version of transformers; "
             "set galore_adafactor"
         )
+    if training.on_oom == "split" and int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        problems.append(
+            "training.on_oom: split is for one process: the others have added up gradients by the "
+            "time that one runs out of memory; set stop"
+        )
     problems += missing(_packages(recipe))
     if problems:
         raise RecipeError(summarise_problems(source, problems))

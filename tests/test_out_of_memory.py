@@ -13,6 +13,7 @@ from finetune.data.collate import BatchRow
 from finetune.errors import ModelError, RecipeError
 from finetune.out_of_memory import apart_from_others, out_of_memory, told_apart
 from finetune.recipe import load_recipe
+from finetune.requirements import refuse_what_cannot_run
 from finetune.rundir import RunDir
 from finetune.train import train
 
@@ -144,6 +145,16 @@ def test_the_heaviest_rows_are_named_first() -> None:
     batch = [BatchRow("a:1", 70, 1), BatchRow("a:2", 400, 5), BatchRow("a:3", 90, 1)]
     message = str(out_of_memory(4, batch, "full"))
     assert "3 rows, 560 tokens and 7 views: a:2 (400 tokens, 5 views), a:3" in message
+
+
+def test_split_is_refused_in_several_processes(
+    dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(str(dataset()), ["training.on_oom=split"])
+    refuse_what_cannot_run(recipe, "mine.yaml")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RecipeError, match="on_oom: split is for one process"):
+        refuse_what_cannot_run(recipe, "mine.yaml")
 
 
 def test_split_is_refused_for_a_stream(dataset: Callable[..., Path], tmp_path: Path) -> None:
