@@ -1,10 +1,10 @@
 """Steps whose loss is no number, or a spike: found before the optimizer takes them."""
 
-import json
 import math
 import statistics
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,10 @@ import torch
 from transformers import TrainerCallback
 
 from finetune.data.collate import BatchRow
-from finetune.errors import ModelError
+from finetune.errors import FinetuneError, ModelError
 from finetune.processes import is_first, lists_of_all, mean_of_all
 from finetune.recipe import TrainingSection
-from finetune.rundir import RunDir, read_json, read_jsonl, write_json, write_jsonl
+from finetune.rundir import RunDir, append_jsonl, read_json, read_jsonl, write_json, write_jsonl
 
 NUM_REMEMBERED = 50
 ENOUGH = 10
@@ -46,7 +46,7 @@ class BadStep:
 
 @dataclass(frozen=True)
 class _Pass:
-    loss: torch.Tensor  # its share of the step's
+    loss: torch.Tensor  # its part of the step's loss, which is the sum of all passes'
     num_learnt: torch.Tensor
     rows: tuple[BatchRow, ...]
 
@@ -62,8 +62,12 @@ class BadSteps(TrainerCallback):
         settings: TrainingSection,
         run: RunDir,
         write_page: Callable[[Sequence[BatchRow], Path], None] | None = None,
+        tell: Callable[[str], None] = lambda message: None,
     ):
-        """`write_page` shows rows in a file; None where they cannot be shown."""
+        """`write_page` shows rows in a file; None where they cannot be shown. `tell` is given a
+        message for each step that is left out.
+        """
+        self.tell = tell
         self.settings = settings
         self.folder = run.bad_steps
         self.list = run.bad_steps / "steps.jsonl"
@@ -90,16 +94,18 @@ class BadSteps(TrainerCallback):
         """Of the step at hand, so far."""
         return len(self._passes)
 
-    def judge(self, step: int, gradients: Sequence[torch.Tensor], device: torch.device) -> bool:
+    def judge(self, step: int, grad_norm: float | None, device: torch.device) -> bool:
         """Whether the optimizer may take the step that was computed; all processes answer alike.
 
-        `gradients` are empty where they are not to be looked at. Raises `ModelError` where a bad
-        step stops the run.
+        `grad_norm` is None where it is not to be looked at: a scaler of float16 does. Raises
+        `ModelError` where a bad step stops the run.
         """
         passes, self._passes = self._passes, []
         self.num_since_log += 1
         loss = mean_of_all(float(sum(each.loss.float() for each in passes)), device)
-        why = self._why(loss) or _why_of(gradients, device)
+        why = self._why(loss)
+        if not why and grad_norm is not None and not math.isfinite(mean_of_all(grad_norm, device)):
+            why = "its gradient holds no number"
         if not why:
             self.losses.append(loss)
             self.num_in_a_row = 0
@@ -113,6 +119,7 @@ class BadSteps(TrainerCallback):
             raise ModelError(f"{told}; training.bad_loss: skip leaves such steps out")
         if self.num_in_a_row >= MAX_IN_A_ROW:
             raise ModelError(f"{told}; it is the {MAX_IN_A_ROW}th in a row: training has diverged")
+        self.tell(f"left out {told}")
         return False
 
     def _why(self, loss: float) -> str:
@@ -122,7 +129,7 @@ class BadSteps(TrainerCallback):
         if factor is None or known < ENOUGH:
             return ""
         median = statistics.median(self.losses)
-        if loss <= factor * median:
+        if loss <= factor * median or median == 0:  # of steps that learnt from nothing
             return ""
         return (
             f"the loss is {loss:.4g}, {loss / median:.1f} times the median of the {known} steps "
@@ -131,17 +138,18 @@ class BadSteps(TrainerCallback):
 
     def _tell(self, found: BadStep) -> str:
         """List it, show its rows; the message."""
-        page = self.folder / f"step-{found.step}.html"
+        page, is_shown = self.folder / f"step-{found.step}.html", False
         if is_first():
-            self.folder.mkdir(exist_ok=True)
-            with self.list.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(found.to_json()) + "\n")
+            append_jsonl(self.list, [found.to_json()])
             if self.write_page and found.rows and self.num_skipped <= MAX_PAGES:
-                self.write_page(found.rows, page)
+                # a page that cannot be made must not take the place of what is to be told
+                with suppress(FinetuneError, OSError):
+                    self.write_page(found.rows, page)
+                    is_shown = True
         places = [row.where for row in found.rows]
         more = f" and {len(places) - 4} more" if len(places) > 5 else ""
         shown = ", ".join(places[: 4 if more else 5]) + more
-        seen = f"; see {page}" if page.is_file() else ""
+        seen = f"; see {page}" if is_shown else ""
         return (
             f"step {found.step}: {found.why}, with {shown or 'no rows'} in the batch{seen}. Mend "
             "the rows, lower training.learning_rate, raise training.warmup_ratio, or set "
@@ -163,26 +171,17 @@ class BadSteps(TrainerCallback):
         write_json(checkpoint / _STATE, state | {"num_in_a_row": self.num_in_a_row})
 
     def go_on(self, checkpoint: Path) -> None:
-        """Remember what was written there."""
+        """Remember what was written there; nothing by a version that did not write it."""
+        if not (checkpoint / _STATE).is_file():
+            return
         state = read_json(checkpoint / _STATE)
         self.losses.extend(state["losses"])
         self.num_skipped, self.num_in_a_row = state["num_skipped"], state["num_in_a_row"]
 
 
-def _why_of(gradients: Sequence[torch.Tensor], device: torch.device) -> str:
-    """What is wrong with them in some process."""
-    if not gradients:
-        return ""
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if hasattr(norm, "full_tensor"):
-        norm = norm.full_tensor()  # type: ignore[operator]  # of shards
-    mean = mean_of_all(float(norm), device)
-    return "" if math.isfinite(mean) else "its gradient holds no number"
-
-
 def _blamed(passes: Sequence[_Pass], loss: float) -> tuple[BatchRow, ...]:
     """The rows of those passes, over all processes."""
-    told = [
+    told = [  # its part, and the loss of its tokens, as far as passes of a step can be compared
         (float(each.loss), float(each.loss) / max(float(each.num_learnt), 1), each.rows)
         for each in passes
     ]

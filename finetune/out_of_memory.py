@@ -1,5 +1,6 @@
 """A batch that does not fit into the memory: told apart from other errors, named, and halved."""
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -8,6 +9,9 @@ import torch
 
 from finetune.data.collate import BatchRow
 from finetune.errors import ModelError
+
+# How memory runs out beside torch's own allocator for GPUs
+_OTHER_WORDS = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class OutOfMemoryError(ModelError):
@@ -27,9 +31,9 @@ def told_apart() -> Iterator[list[str]]:
     except torch.OutOfMemoryError as error:
         found.append(str(error).partition("\n")[0])
     except RuntimeError as error:
-        if "DefaultCPUAllocator" not in str(error):
+        if not any(text in str(error) for text in _OTHER_WORDS):
             raise
-        found.append(str(error).rpartition("] ")[2])
+        found.append(str(error).rpartition("] ")[2].partition("\n")[0])
 
 
 def out_of_memory(step: int, rows: Sequence[BatchRow], told: str) -> OutOfMemoryError:
@@ -52,7 +56,7 @@ class Halving:
     """
 
     def __init__(self, collate: Callable[[list[Any]], dict[str, Any]]):
-        """`collate` makes a batch of rows' features once more."""
+        """`collate` makes a batch of rows' features once more, and names its rows."""
         self.collate = collate
         self.num_splits = 0
 
@@ -103,6 +107,7 @@ def apart_from_others(
             parameter.grad = gradient.add_(parameter.grad)
     if found:
         loss = None
+        gc.collect()  # frames of checkpointed layers hold on to each other
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return loss, "".join(found)

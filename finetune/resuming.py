@@ -9,16 +9,28 @@ from finetune.metrics import lower_is_better
 from finetune.recipe import EvaluationSection, Recipe, load_recipe
 from finetune.rundir import RunDir, read_json
 
+FREE = {
+    *("training.num_workers", "training.bad_loss", "training.spike_factor", "training.on_oom"),
+    *("data.read_timeout_seconds", "data.read_retries"),
+}
+"""Settings that a run may go on with otherwise than it was begun: what was learnt so far does not
+depend on them, and they are what helps where a run has ended by a fault.
+"""
+
 
 def refuse_another_run(recipe: Recipe, rows_sha256: str, run: RunDir) -> None:
     """Raise `RunDirError` where a run would go on with a recipe or rows it was not begun with."""
     begun = load_recipe(run.recipe, check_paths=False).model_dump()
     now = recipe.model_dump()
+    streams = any(source.streaming for source in recipe.data.train)
+    free = FREE - ({"training.num_workers"} if streams else set())  # workers share a stream out
     changed = [
         f"{section}.{key}"
         for section, settings in now.items()
         for key in settings
-        if settings[key] != begun[section][key] and section != "output"
+        if settings[key] != begun[section][key]
+        and section != "output"
+        and f"{section}.{key}" not in free
     ]
     if not changed and read_json(run.environment).get("rows_sha256") != rows_sha256:
         changed = ["the rows in the data files"]

@@ -313,20 +313,21 @@ def _training_figures(run: RunDir) -> dict[str, Any]:
     """Losses, steps and speed from metrics.jsonl; no step was taken where nothing is trained."""
     lines = read_jsonl(run.metrics)
     logged = [line for line in lines if "loss" in line]
-    if not logged:
-        return {"steps": 0}
-    first, last = logged[0], logged[-1]
     counts = {
         f"num_{name}": max(line[name] for line in lines if name in line)
         for name in ("skipped_steps", "oom_splits")
         if any(name in line for line in lines)
     }
+    if not logged:
+        return {"steps": max((line["step"] for line in lines), default=0)} | counts
+    first, last = logged[0], logged[-1]
+    timed = next(line for line in reversed(lines) if "seconds" in line)
     return counts | {
         "first_loss": first["loss"],
         "last_loss": last["loss"],
-        "steps": last["step"],
-        "train_seconds": last["seconds"],
-        "samples_per_second": round(last["samples"] / last["seconds"], 3),
+        "steps": timed["step"],
+        "train_seconds": timed["seconds"],
+        "samples_per_second": round(timed["samples"] / timed["seconds"], 3),
     }
 
 

@@ -50,6 +50,8 @@ from finetune.recipe import Recipe
 from finetune.row_numbers import held_out_rows, tell_epoch_to_resumed, trained_rows
 from finetune.stream_progress import StreamProgress
 
+FIGURES_A_PASS = ("entropy", "mean_token_accuracy")
+
 
 class VisionSFTTrainer(SFTTrainer):
     """Trains an instantiated, adapted model on the rows of a `Collator`, known to it by their
@@ -90,7 +92,8 @@ class VisionSFTTrainer(SFTTrainer):
         splits = recipe and recipe.training.on_oom == "split"
         self.halving = Halving(collator) if splits else None
         self.bad_steps = bad_steps
-        self._logged_before_step: torch.Tensor | None = None
+        self._logged_before_step: tuple[torch.Tensor, dict[str, int]] | None = None
+        self._grad_norm: Any = None
         self.seconds_evaluated = 0.0
         self.batches = batches
         self.stream = stream
@@ -120,6 +123,7 @@ class VisionSFTTrainer(SFTTrainer):
             callbacks=[
                 *callbacks,
                 *([self.progress] if self.progress else []),
+                *([bad_steps] if bad_steps else []),
                 WaitForFeatures(base),
                 BeforeTheOptimizer(self),
             ],
@@ -194,6 +198,8 @@ class VisionSFTTrainer(SFTTrainer):
             logs |= {} if loss is None else {"loss": loss}
             if self.bad_steps.num_skipped:
                 logs["skipped_steps"] = self.bad_steps.num_skipped
+            if self.bad_steps.num_in_a_row:
+                logs.pop("grad_norm", None)  # of the step that was left out
         if self.loss_kernel == "liger":
             for figures in self._metrics.values():
                 for name in ("entropy", "mean_token_accuracy"):
@@ -363,10 +369,10 @@ class VisionSFTTrainer(SFTTrainer):
             self.progress.take_note(told, num_rows)
             rows = told["rows"]
         self.num_samples_seen += num_rows
+        if self.bad_steps and not self.bad_steps.num_passes:
+            self._logged_before_step = self._tr_loss.clone(), self._lengths_of_figures()
         loss = self._pass(rows, partial(super().training_step, model), inputs, *args, **kwargs)
         if self.bad_steps:
-            if not self.bad_steps.num_passes:
-                self._logged_before_step = self._tr_loss.clone()
             self.bad_steps.take(loss, num_learnt(inputs), rows)
         return loss
 
@@ -381,13 +387,14 @@ class VisionSFTTrainer(SFTTrainer):
         """Forward and backward. Raises `OutOfMemoryError`, naming the batch, or computes its halves
         then, where the recipe says so.
         """
-        num_tokens = self._total_train_tokens
 
         def compute(batch: dict[str, Any]) -> torch.Tensor:
+            num_tokens, lengths = self._total_train_tokens, self._lengths_of_figures()
             try:
                 return stock(batch, *args, **kwargs)
-            except RuntimeError:
-                self._total_train_tokens = num_tokens  # of a batch that may be computed again
+            except RuntimeError:  # of a batch that may be computed again
+                self._total_train_tokens = num_tokens
+                self._cut_figures(lengths)
                 raise
 
         trained = [p for p in self.model.parameters() if p.requires_grad]  # type: ignore[union-attr]
@@ -396,7 +403,17 @@ class VisionSFTTrainer(SFTTrainer):
             return self.halving.compute(compute, inputs, rows, trained, step)
         with told_apart() as told:
             return compute(inputs)
-        raise out_of_memory(step, rows, *told)
+        raise out_of_memory(step, rows, *told)  # where told_apart kept the error to itself
+
+    def _lengths_of_figures(self) -> dict[str, int]:
+        """Of TRL's lists of figures a pass, since the last log."""
+        return {name: len(self._metrics["train"].get(name, ())) for name in FIGURES_A_PASS}
+
+    def _cut_figures(self, lengths: Mapping[str, int]) -> None:
+        """Forget those that came since; TRL divides by the length, so no list is left empty."""
+        for name, length in lengths.items():
+            kept = self._metrics["train"].pop(name, [])[:length]
+            self._metrics["train"] |= {name: kept} if kept else {}
 
     @property
     def num_oom_splits(self) -> int:
@@ -409,20 +426,26 @@ class VisionSFTTrainer(SFTTrainer):
         """
         if not self.bad_steps:
             return
-        trained = [p for p in self.model.parameters() if p.grad is not None]  # type: ignore[union-attr]
+        norm = self._grad_norm
+        if norm is not None and hasattr(norm, "full_tensor"):
+            norm = norm.full_tensor()  # of shards
         # what a scaler finds in the gradients of float16 it leaves out itself, and scales lower
-        is_scaled = self.accelerator.scaler is not None
-        num_passes = self.bad_steps.num_passes
-        gradients = [] if is_scaled else [p.grad for p in trained if p.grad is not None]
-        if self.bad_steps.judge(self.state.global_step + 1, gradients, self.args.device):
+        found = None if norm is None or self.accelerator.scaler is not None else float(norm)
+        if self.bad_steps.judge(self.state.global_step + 1, found, self.args.device):
             return
-        for parameter in trained:
+        for parameter in self.model.parameters():  # type: ignore[union-attr]
             parameter.grad = None
         assert self._logged_before_step is not None
-        self._tr_loss.copy_(self._logged_before_step)
-        for name in ("entropy", "mean_token_accuracy"):
-            kept = self._metrics["train"].pop(name, [])[:-num_passes]
-            self._metrics["train"] |= {name: kept} if kept else {}
+        logged, lengths = self._logged_before_step
+        self._tr_loss.copy_(logged)
+        self._cut_figures(lengths)
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        """The stock one, and it is kept: from before the gradients were scaled down to
+        max_grad_norm, which makes zeros of those whose norm overflows.
+        """
+        self._grad_norm = super()._get_grad_norm(*args, **kwargs)
+        return self._grad_norm
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """TRL's; in several processes with a path of weight zero to all that is trained besides the
@@ -457,8 +480,12 @@ class VisionSFTTrainer(SFTTrainer):
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The stock one; and the loss is summed, of which it gives the mean over a batch."""
-        inputs.pop("rows", None)
-        result = super().prediction_step(model, inputs, *args, **kwargs)
+        rows = inputs.pop("rows", ())
+        result = None
+        with told_apart() as told:
+            result = super().prediction_step(model, inputs, *args, **kwargs)
+        if result is None:
+            raise out_of_memory(self.state.global_step, rows, *told)
         count = num_learnt(inputs).float().cpu()
         assert result[0] is not None
         self._held_out += torch.stack([result[0].float().cpu() * count, count])

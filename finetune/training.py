@@ -1,7 +1,7 @@
 """The steps of a run: from a recipe to rows and batches, and through the trainer."""
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -27,7 +27,7 @@ from finetune.data.examples import Encoder
 from finetune.data.sampling import Batching, EpochBatches, EpochSampler
 from finetune.data.sources import Rows, StreamSource
 from finetune.data.streaming import ExampleStream
-from finetune.errors import DataError, FinetuneError, ModelError
+from finetune.errors import DataError, ModelError
 from finetune.findings import FindingsLists
 from finetune.fitting import ways_to_fit
 from finetune.metrics import measure
@@ -43,6 +43,7 @@ from finetune.preparation import (
     row_sizes,
 )
 from finetune.preview_page import PreviewRow, write_preview
+from finetune.processes import process
 from finetune.recipe import Recipe
 from finetune.rundir import RunDir
 from finetune.sides import Side
@@ -140,7 +141,10 @@ def run_trainer(
             stop,
         ],
         bad_steps=BadSteps(
-            prepared.recipe.training, run, None if prepared.streams else _page_of(prepared, rows)
+            prepared.recipe.training,
+            run,
+            None if prepared.streams else _page_of(prepared, rows),
+            lambda message: console.print(f"warning: {message}", style="yellow", soft_wrap=True),
         ),
     )
     if checkpoint:
@@ -150,6 +154,12 @@ def run_trainer(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except OutOfMemoryError as error:
         raise ModelError(f"{error}. {_what_helps(prepared.recipe, console)}") from error
+    except torch.OutOfMemoryError as error:
+        step, told = trainer.state.global_step + 1, str(error).partition("\n")[0]
+        raise ModelError(
+            f"step {step}: out of memory beside the batches, in the optimizer or an evaluation "
+            f"({told}). {_what_helps(prepared.recipe, console)}"
+        ) from error
     except RuntimeError as error:
         if "DataLoader worker (pid" not in str(error):
             raise
@@ -186,22 +196,27 @@ def _page_of(prepared: Prepared, rows: Rows) -> Callable[[Sequence[BatchRow], Pa
 
 def _what_helps(recipe: Recipe, console: Console) -> str:
     """The settings that would take less memory, as `finetune plan` finds them for this card."""
+    may_split = (
+        recipe.training.on_oom == "stop"
+        and process()[1] == 1
+        and not any(source.streaming for source in recipe.data.train)
+    )
+    split = " Or go on with --resume and training.on_oom: split" if may_split else ""
     general = (
         "Lower training.batch_size or its budgets (and raise gradient_accumulation as much), set "
-        "gradient_checkpointing: true, make images smaller, or set training.on_oom: split"
+        "gradient_checkpointing: true, or make images smaller, and start again."
     )
     if not torch.cuda.is_available():
-        return general
+        return general + split
     size = torch.cuda.mem_get_info()[1]
     console.print("out of memory: planning what would fit", soft_wrap=True)
-    try:
+    ways = []
+    with suppress(Exception):  # a fault in planning must not take the place of the message
         ways = ways_to_fit(Planner.of_recipe(recipe, Console(quiet=True)), size)
-    except FinetuneError:
-        return general
     if not ways:
-        return general
+        return general + split
     found = "; ".join(f"{way.in_words()} ({way.peak_bytes / 2**30:.1f} GiB)" for way in ways[:4])
-    return f"By finetune plan, each of these takes less: {found}. Or set training.on_oom: split"
+    return f"By finetune plan, start again with one of these: {found}.{split}"
 
 
 def answer_figures(prepared: Prepared, model: Any) -> Callable[[], dict[str, float]] | None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from finetune.bad_steps import BadSteps
 from finetune.data.collate import BatchRow
-from finetune.errors import ModelError
+from finetune.errors import DataError, ModelError, RecipeError
 from finetune.recipe import TrainingSection, load_recipe
 from finetune.rundir import RunDir
 from finetune.train import train
@@ -36,7 +36,7 @@ def a_step(bad_steps: BadSteps, step: int, *losses: float) -> bool:
     """Of passes of one row each, named by their number, with equal numbers of tokens."""
     for number, loss in enumerate(losses):
         bad_steps.take(torch.tensor(loss), torch.tensor(5.0), rows(f"a.jsonl:{number}"))
-    return bad_steps.judge(step, [], HERE)
+    return bad_steps.judge(step, 1.0, HERE)
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -79,10 +79,32 @@ def test_nothing_is_a_spike_before_ten_steps_nor_without_a_factor(tmp_path: Path
 def test_a_gradient_without_a_number_is_found_though_the_loss_has_one(tmp_path: Path) -> None:
     bad_steps = watched(tmp_path, bad_loss="skip")
     bad_steps.take(torch.tensor(0.5), torch.tensor(5.0), rows("a.jsonl:1", "a.jsonl:2"))
-    assert not bad_steps.judge(1, [torch.ones(3), torch.tensor([1.0, math.inf])], HERE)
+    assert not bad_steps.judge(1, math.inf, HERE)
     (line,) = lines(tmp_path)
     assert line["why"] == "its gradient holds no number"
     assert [row["where"] for row in line["rows"]] == ["a.jsonl:1", "a.jsonl:2"]
+
+
+def test_steps_that_learnt_from_nothing_make_no_spike_of_the_next(tmp_path: Path) -> None:
+    bad_steps = watched(tmp_path, spike_factor=2.0)
+    assert all(a_step(bad_steps, step, 0.0) for step in range(12))
+    assert a_step(bad_steps, 12, 3.0)
+
+
+def test_a_page_that_cannot_be_made_does_not_take_the_place_of_the_message(tmp_path: Path) -> None:
+    def fails(rows: Any, page: Path) -> None:
+        raise DataError("the picture is gone")
+
+    bad_steps = BadSteps(TrainingSection(), RunDir(tmp_path), fails)
+    with pytest.raises(ModelError, match="the loss is nan") as error:
+        a_step(bad_steps, 1, math.nan)
+    assert "see " not in str(error.value)
+
+
+def test_a_checkpoint_of_a_version_that_remembered_nothing_is_gone_on_from(tmp_path: Path) -> None:
+    bad_steps = watched(tmp_path)
+    bad_steps.go_on(tmp_path)
+    assert bad_steps.num_skipped == 0
 
 
 def test_ten_in_a_row_stop_a_run_that_leaves_them_out(tmp_path: Path) -> None:
@@ -109,7 +131,9 @@ def test_what_is_remembered_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """`poisoned(n)` makes the loss of the n-th pass of a run, from 1, no number."""
+    """`poisoned(n)` makes the loss of the n-th pass of a run, from 1, no number, and its entropy
+    too, as a model's that has lost its head.
+    """
     from finetune.trainer import VisionSFTTrainer
 
     stock = VisionSFTTrainer.compute_loss
@@ -122,7 +146,10 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
             if not torch.is_grad_enabled():
                 return found
             count[0] += 1
-            return found * math.nan if count[0] == number else found
+            if count[0] != number:
+                return found
+            self._metrics["train"]["entropy"][-1] = math.nan
+            return found * math.nan
 
         monkeypatch.setattr(VisionSFTTrainer, "compute_loss", compute_loss)
 
@@ -154,7 +181,8 @@ def test_a_step_left_out_changes_no_weight_and_is_counted(
     assert all(torch.equal(trained[key], kept[key]) for key in kept)
     assert json.loads(run.summary.read_text())["num_skipped_steps"] == 1
     logged = [json.loads(line) for line in run.metrics.read_text().splitlines()]
-    assert all(math.isfinite(line["loss"]) for line in logged if "loss" in line)
+    assert all(math.isfinite(value) for line in logged for value in line.values())
+    assert json.loads(run.summary.read_text())["steps"] == 3
     assert logged[-1]["skipped_steps"] == 1
     (line,) = lines(run.path)
     assert line["step"] == 3
@@ -216,9 +244,70 @@ def test_a_run_resumed_after_a_step_left_out_ends_with_the_same_bytes(
     shutil.rmtree(broken / "checkpoints" / "checkpoint-4")
     poisoned(100)
     train(load_recipe(recipe, [f"output.dir={broken}"]), resume=True)
+    assert len(lines(broken)) == 1
     file = Path("adapter") / "adapter_model.safetensors"
     assert (whole / file).read_bytes() == (broken / file).read_bytes()
     assert json.loads((broken / "summary.json").read_text())["num_skipped_steps"] == 1
+
+
+def test_a_bad_step_that_is_taken_again_is_listed_once(
+    dataset: Callable[..., Path], tmp_path: Path, poisoned: Callable[[int], None]
+) -> None:
+    keys = settings(max_steps=4, save_steps=2, bad_loss="skip")
+    recipe = load_recipe(str(dataset(num_eval=0, training=keys)))
+    poisoned(3)
+    train(recipe)
+    run = RunDir(tmp_path / "run")
+    run.summary.unlink()
+    shutil.rmtree(run.checkpoints / "checkpoint-4")
+    with (run.bad_steps / "steps.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # killed while it wrote
+    poisoned(1)
+    train(recipe, resume=True)
+    assert [line["step"] for line in lines(run.path)] == [3]
+
+
+def test_a_gradient_whose_norm_overflows_is_found_though_clipping_made_it_zero(
+    dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from finetune.trainer import VisionSFTTrainer
+
+    stock = VisionSFTTrainer.compute_loss
+
+    def compute_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = stock(self, *args, **kwargs)
+        if torch.is_grad_enabled():
+            found.register_hook(lambda gradient: gradient * 1e30)
+        return found
+
+    monkeypatch.setattr(VisionSFTTrainer, "compute_loss", compute_loss)
+    recipe = load_recipe(str(dataset(num_eval=0, training=settings())))
+    with pytest.raises(ModelError, match="step 1: its gradient holds no number"):
+        train(recipe)
+
+
+def test_a_run_that_stopped_at_a_bad_step_goes_on_with_skip(
+    dataset: Callable[..., Path], tmp_path: Path, poisoned: Callable[[int], None]
+) -> None:
+    recipe = str(dataset(num_eval=0, training=settings(max_steps=4, save_steps=2)))
+    poisoned(3)
+    with pytest.raises(ModelError, match="bad_loss: skip"):
+        train(load_recipe(recipe))
+    poisoned(1)
+    others = ["training.bad_loss=skip", "training.num_workers=1", "data.read_retries=1"]
+    assert train(load_recipe(recipe, others), resume=True) == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["num_skipped_steps"] == 1
+
+
+@pytest.mark.parametrize(
+    "setting", ["training.bad_loss=skip", "training.spike_factor=3", "training.on_oom=split"]
+)
+def test_optimizers_that_step_within_the_backward_pass_cannot_be_held_back(
+    dataset: Callable[..., Path], setting: str
+) -> None:
+    lomo = ["training.optimizer=lomo", "adapter.method=full", setting]
+    with pytest.raises(RecipeError, match="steps within the backward pass"):
+        load_recipe(str(dataset()), lomo)
 
 
 @pytest.mark.slow

@@ -395,6 +395,22 @@ def _optimizer_conflicts(recipe: Any) -> Iterator[Problem]:
             "training.optimizer",
             "adapter.method",
         )
+    guards = [
+        key
+        for key, is_set in (
+            ("bad_loss", training.bad_loss == "skip"),
+            ("spike_factor", training.spike_factor is not None),
+            ("on_oom", training.on_oom == "split"),
+        )
+        if is_set
+    ]
+    if in_backward and guards:
+        yield _conflict(
+            f"{name} steps within the backward pass, before training.{guards[0]} could prevent it; "
+            "leave that out, or set training.optimizer: adamw_torch",
+            "training.optimizer",
+            *(f"training.{key}" for key in guards),
+        )
     if in_backward and training.gradient_accumulation > 1:
         yield _conflict(
             f"{name} steps in every backward pass, so it cannot gather gradients; "

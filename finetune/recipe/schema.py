@@ -201,7 +201,7 @@ class DataSection(Section):
     read_timeout_seconds: PositiveNumber | None = None
     """Longest time for reading one picture's file, for drives that stall. Without it, any."""
     read_retries: Annotated[int, Field(ge=0)] = 3
-    """Times that a file is read again where the drive fails or stalls, after 1, 2, 4 ... s."""
+    """Times that a picture is read again where the drive fails or stalls, after 1, 2, 4 ... s."""
 
 
 class TrainingSection(Section):
