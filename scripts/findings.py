@@ -32,7 +32,7 @@ from scripts.bench_results import Results, machine
 from scripts.finding_backbones import BACKBONES, SCORE
 from scripts.finding_boards import write_sets
 from scripts.finding_models import MODELS, save_model
-from scripts.findings_page import write_page
+from scripts.findings_page import write_page, write_scores
 
 SEEDS = (0, 1, 2)
 AT_ONCE = 2  # runs, of one thread each
@@ -45,19 +45,20 @@ STARTS = {"3": "2-autoregressive", "5": READER, "6": READER}
 
 @dataclass(frozen=True)
 class Job:
-    """A command whose result is `made` in the end; where that is there, and `is_current`, nothing
-    is left to do.
+    """A command whose result is `made` in the end; where that is there, later than what it is made
+    `of`, and `is_current`, nothing is left to do.
     """
 
     command: Sequence[str]
     made: Path
+    of: Path | None = None
     is_current: Callable[[], bool] = lambda: True
 
     def run(self) -> None:
         """Run it, with what it prints in a file beside its result. Raises `SystemExit` where it
         fails.
         """
-        if self.made.is_file() and self.is_current():
+        if self.made.is_file() and not self._is_older() and self.is_current():
             return
         log = self.made.parent.with_suffix(".log")
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -68,6 +69,10 @@ class Job:
         if done.returncode or not self.made.is_file():
             raise SystemExit(f"failed: {' '.join(self.command)}; see {log}")
         print(f"{time.monotonic() - began:4.0f} s  {self.made.parent}", flush=True)
+
+    def _is_older(self) -> bool:
+        """Than what it was made of, which has been made again since."""
+        return self.of is not None and self.made.stat().st_mtime < self.of.stat().st_mtime
 
 
 def recipes(only: Sequence[str] = ()) -> list[str]:
@@ -97,7 +102,7 @@ def run_job(recipe: str, seed: int) -> Job:
     """`finetune train` of a recipe as it is shipped, from and into the folder of a seed."""
     settings = settings_of(recipe, seed)
     command = [sys.executable, "-m", "finetune", "train", f"findings/{recipe}", *settings]
-    run = RunDir(ROOT / f"seed-{seed}" / recipe)
+    run = run_of(recipe, seed)
 
     def is_current() -> bool:
         stored = load_recipe(run.recipe, check_paths=False)
@@ -107,22 +112,35 @@ def run_job(recipe: str, seed: int) -> Job:
             for key, value in now.images.model_dump(exclude_none=True).items()
         )
 
-    return Job([*command, "--overwrite"], run.summary, is_current)
+    return Job([*command, "--overwrite"], run.summary, start_of(recipe, seed), is_current)
+
+
+def run_of(recipe: str, seed: int) -> RunDir:
+    """Beside those of other recipes and seeds, so that rows are examined once for all."""
+    return RunDir(ROOT / f"{recipe}-seed-{seed}")
+
+
+def start_of(recipe: str, seed: int) -> Path | None:
+    """A file of what another run gave, where a recipe goes on from it."""
+    start = STARTS.get(recipe[0])
+    if start == READER:
+        return merge_job(seed).made
+    return run_of(start, seed).summary if start else None
 
 
 def settings_of(recipe: str, seed: int) -> list[str]:
     """What of a recipe is another for a seed."""
-    folder = ROOT / f"seed-{seed}"
-    model = read_recipe(recipe)["model"]["name"].replace("seed-0", folder.name)
-    return [f"model.name={model}", f"training.seed={seed}", f"output.dir={folder / recipe}"]
+    model = read_recipe(recipe)["model"]["name"].replace("seed-0", f"seed-{seed}")
+    run = run_of(recipe, seed).path
+    return [f"model.name={model}", f"training.seed={seed}", f"output.dir={run}"]
 
 
 def merge_job(seed: int) -> Job:
     """The reader that findings 5 and 6 start from."""
-    folder = ROOT / f"seed-{seed}"
-    out = folder / "models" / "reader"
-    command = [sys.executable, "-m", "finetune", "merge", str(folder / READER), "--out", str(out)]
-    return Job(command, out / "model.safetensors")
+    out = ROOT / f"seed-{seed}" / "models" / "reader"
+    run = run_of(READER, seed).path
+    command = [sys.executable, "-m", "finetune", "merge", str(run), "--out", str(out)]
+    return Job(command, out / "model.safetensors", run_of(READER, seed).summary)
 
 
 def read_recipe(name: str) -> dict[str, Any]:
@@ -159,7 +177,7 @@ def run_findings(names: Sequence[str], seeds: Sequence[int]) -> None:
     if READER in needed:
         run_all([merge_job(seed) for seed in seeds])
     later = [name for name in names if name[0] in STARTS]
-    run_all([run_job(name, seed) for name in reversed(later) for seed in seeds])
+    run_all([run_job(name, seed) for seed in seeds for name in reversed(later)])
 
 
 def record(run: RunDir, *, recipe: str, seed: int) -> dict[str, Any]:
@@ -220,9 +238,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in names:
         shared = {"flops_a_row": flops_a_row(name, args.seeds[0]), "machine": machine(AT_ONCE)}
         for seed in args.seeds:
-            run = RunDir(ROOT / f"seed-{seed}" / name)
+            run = run_of(name, seed)
             results.add(record(run, recipe=name, seed=seed) | shared)
     write_page(args.out, results.records, backbone_scores())
+    write_scores(recipes_dir() / "README.md", results.records)
     print(f"{args.out}; {(time.monotonic() - began) / 60:.0f} minutes")
     return 0
 

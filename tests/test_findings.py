@@ -1,6 +1,8 @@
 """The findings' recipes, what is made of their figures, and the boards and models they run on."""
 
 import json
+import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +29,7 @@ from scripts.findings_page import (
     judged,
     num_spikes,
     write_page,
+    write_scores,
 )
 
 CLAIMS = [claim for finding in FINDINGS for claim in finding.claims]
@@ -175,6 +178,13 @@ def test_the_page_tells_each_finding_and_leaves_out_what_was_not_run(tmp_path: P
     write_page(page, records + fast, {})
     assert page.read_text().count("**agrees**") == 6  # three claims, in the summary and below
     assert page.read_text().count("0 spikes against 0") == 4
+    listed = tmp_path / "README.md"
+    listed.write_text("| [findings/3-lora](3-lora.yaml) | LoRA | 0.1 |\n| another | | 0.1 |\n")
+    write_scores(listed, records)
+    assert listed.read_text().splitlines() == [
+        "| [findings/3-lora](3-lora.yaml) | LoRA | 0.600 |",
+        "| another | | 0.1 |",
+    ]
 
 
 # Jobs
@@ -188,6 +198,29 @@ def test_what_is_made_is_not_made_again(tmp_path: Path) -> None:
     run_all([job])
     run_all([job])
     assert made.read_text() == "1"
+
+
+def test_what_began_with_something_that_was_made_again_is_made_again(tmp_path: Path) -> None:
+    start, made = tmp_path / "start", tmp_path / "run" / "summary.json"
+    start.touch()
+    write = f"from pathlib import Path; p = Path({str(made)!r}); p.parent.mkdir(exist_ok=True); "
+    job = Job([sys.executable, "-c", write + "p.open('a').write('1')"], made, of=start)
+    run_all([job])
+    run_all([job])
+    assert made.read_text() == "1"
+    os.utime(start, (made.stat().st_mtime + 1,) * 2)
+    run_all([job])
+    assert made.read_text() == "11"
+
+
+@pytest.mark.parametrize("name", [name for name in recipes() if name[0] in findings.STARTS])
+def test_a_recipe_begins_with_what_another_leaves(name: str) -> None:
+    recipe, start = shipped(name), shipped(findings.STARTS[name[0]])
+    text = (findings.recipes_dir() / "findings" / f"{name}.yaml").read_text(encoding="utf-8")
+    if merged := re.search(r"^# finetune merge (\S+) --out (\S+)$", text, re.MULTILINE):
+        assert merged.groups() == (start.output.dir, recipe.model.name)
+    else:
+        assert recipe.model.name == f"{start.output.dir}/adapter"
 
 
 def test_a_command_that_fails_ends_all_and_names_its_log(tmp_path: Path) -> None:
