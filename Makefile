@@ -1,5 +1,6 @@
 # make quickstart   installs into .venv, trains, judges, reports
-# make test         installs what is missing, runs the fast tests (test-slow: the others)
+# make test         installs what is missing, runs the fast tests (test-slow: the others, and with
+#                   Chromium, where it is installed, what it makes of the pages)
 # make check        format, lint, types, generated files
 # make bench        training here and by plain TRL, into docs/performance.md; about an hour
 # make fuzz         odd recipes, rows and pictures, into docs/security.md; ten minutes

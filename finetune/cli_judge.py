@@ -57,7 +57,7 @@ def evaluate(
     console = results_console()
     title = f"{run}: {done.figures['num_eval_rows']:,} held-out rows"
     console.print(figures_table(title, done.figures))
-    if done.suite:
+    if done.suite and any(done.suite.metric in done.figures[who] for who in ("base", "adapter")):
         console.print(f"beside it: {done.suite.beside()}", soft_wrap=True)
     console.print(f"answers: {done.folder}", soft_wrap=True)
 
@@ -111,9 +111,9 @@ def compare(
         soft_wrap=True,
     )
     console.print(compared_table(found))
-    for name, count in compared.left_out.items():
+    for run, count in compared.left_out.items():
         if count:
-            console.print(f"{name}: {count:,} rows left out, which not all runs have")
+            console.print(f"{run}: {count:,} rows left out, which not all runs have")
 
 
 def _named(metrics: str | None) -> list[str]:

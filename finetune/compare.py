@@ -52,8 +52,12 @@ def compare(
         raise RunDirError("give two runs or more to compare")
     runs = [open_run_dir(path) for path in paths]
     names = _names(runs)
-    names_of_metrics = metrics or load_recipe(runs[0].recipe, check_paths=False).evaluation.metrics
-    chosen = metrics_named(names_of_metrics)
+    if metrics:
+        chosen = metrics_named(metrics, verb="compare")
+    else:
+        recipe = load_recipe(runs[0].recipe, check_paths=False)
+        source = f"{runs[0].recipe}: evaluation.metrics"
+        chosen = metrics_named(recipe.evaluation.metrics, source, verb="compare")
     answers = {each: _answers(run, name) for each, run in zip(names, runs, strict=True)}
     shared = [row for row in answers[names[0]] if all(row in each for each in answers.values())]
     if not shared:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from finetune.errors import DataError, RecipeError
 from finetune.judging import judge
-from finetune.metrics import PACKAGES
+from finetune.metrics import packages_needed
 from finetune.model.load import quiet_libraries
 from finetune.packages import refuse_missing
 from finetune.preparation import PreparedRows, cache_of, load_encoder, prepare_held_out
@@ -80,7 +80,7 @@ def evaluate(
         "name": folder.name,
         "data": [source.hub or source.path for source in recipe.data.eval],
         "evaluation": recipe.evaluation.model_dump(),
-        "paper": suite.beside() if suite else None,
+        "paper": {"metric": suite.metric, "figure": suite.beside()} if suite else None,
     }
     if not own:
         _refuse_other_figures(folder, json.loads(json.dumps(about)))
@@ -95,6 +95,7 @@ def evaluate(
         return Evaluated(figures, folder, suite)
     if own:
         summary = read_json(run.summary) if run.summary.is_file() else {}
+        summary.pop("merged", None)  # a side of an earlier evaluation, whose answers are gone
         write_json(run.summary, summary | figures | {"eval_rows_by_source": by_source})
     else:
         write_json(folder / run.summary.name, about | figures)
@@ -133,9 +134,8 @@ def _recipe_to_ask(run: RunDir, asked: Asked) -> tuple[Recipe, Suite | None]:
         changes.append(f"evaluation.metrics={json.dumps(metrics)}")
     # a file that is missing is told of where it is opened: those trained on are not all needed
     recipe = load_recipe(run.recipe, changes, check_paths=False)
-    refuse_missing(
-        {f"--metrics: {name}": PACKAGES[name] for name in metrics if name in PACKAGES}, "eval"
-    )
+    named_in = "--metrics" if asked.metrics else "evaluation.metrics"
+    refuse_missing(packages_needed(recipe.evaluation.metrics, named_in), "eval")
     sources = [DataSource(path=str(path)) for path in asked.data]
     sources += [suite.source] if suite else []
     if sources:

@@ -11,9 +11,10 @@ from typing import Any
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import extractOne
 
+from finetune import metrics
 from finetune.charts import number
-from finetune.metrics import lower_is_better
 
+SIDES = ("base", "adapter", "merged")
 HEADLINE_METRIC = "exact_match"  # where it was measured; otherwise the first metric of the recipe
 CARDS_PER_STATUS = 48
 CHARACTERS_SHOWN = 500
@@ -93,7 +94,7 @@ def make_card(row: Row) -> Card:
     """A row of predictions.jsonl, judged, its pictures not yet read."""
     views = [views_of(each) for each in listed(row.get("views"))]
     references = [whole_text(reference) for reference in listed(row.get("references"))]
-    sides = [side for side in ("base", "adapter", "merged") if side in row]
+    sides = [side for side in SIDES if side in row]
     answers = [
         Said(side, text_of(text), is_right(row, side), shortened(differences(text, references)))
         for side, text in ((side, whole_text(row[side])) for side in sides)
@@ -103,7 +104,7 @@ def make_card(row: Row) -> Card:
         question=text_of(row.get("question")),
         references=[text_of(reference) for reference in references],
         answers=answers,
-        status=STATUS_OF.get((is_right(row, "base"), is_right(row, "adapter")), "unscored"),
+        status=status_of(row),
         views=views_in_words(views),
         cuts=[cuts_of(each) for each in views],
         image_paths=[str(path) for path in listed(row.get("images"))],
@@ -176,14 +177,19 @@ def cuts_of(views: Sequence[View]) -> list[Cut]:
     ]
 
 
+def status_of(row: Row) -> str:
+    """Which of `STATUSES` a row of predictions.jsonl is."""
+    return STATUS_OF.get((is_right(row, "base"), is_right(row, "adapter")), "unscored")
+
+
 def is_right(row: Row, side: str) -> bool | None:
-    """Whether an answer counts as right; None where not scored. An error rate is right at 0."""
+    """Whether an answer counts as right by the headline metric; None where it was not scored, or
+    where that metric makes no answer right or wrong: CIDEr, BLEU, ROUGE-L.
+    """
     scores = mapping(mapping(row.get("scores")).get(side))
     metric = HEADLINE_METRIC if HEADLINE_METRIC in scores else next(iter(scores), "")
     score = number(scores.get(metric))
-    if score is None:
-        return None
-    return score <= 0 if lower_is_better(metric) else score >= 1
+    return None if score is None else metrics.is_right(metric, score)
 
 
 def first_of_each_status(cards: Sequence[Card], folder: Path) -> list[Card]:

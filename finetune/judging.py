@@ -3,26 +3,30 @@ figures.
 """
 
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from rich.console import Console
 
 from data_formats.chat import Conversation
 from finetune.asking import Answer, HeldOut, KeptAnswers, ask_rows
 from finetune.data.images import load_image
 from finetune.data.sources import Row
+from finetune.gallery import CARDS_PER_STATUS, status_of
 from finetune.metrics import Measured, differences, measure
 from finetune.processes import is_first
 from finetune.recipe import EvaluationSection
 from finetune.rundir import PREDICTIONS, THUMBNAILS, replacing, write_jsonl
 from finetune.sides import Side
 
-MAX_THUMBNAILS = 200
 THUMBNAIL_EDGE_PX = 320
+JPEG_QUALITY = 80
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,7 @@ def _write(
     measured: Mapping[str, Measured],
 ) -> None:
     scores = {who: each.scores() for who, each in measured.items()}
+    seen: Counter[str] = Counter()
     with replacing(folder) as temporary:
         (temporary / THUMBNAILS).mkdir(parents=True)
         lines = []
@@ -110,7 +115,8 @@ def _write(
                 "scores": {who: scores[who][i] for who in answers},
                 "views": [given[i].views for given in answers.values()][-1],
             }
-            if i < MAX_THUMBNAILS:
+            seen[status_of(line)] += 1
+            if seen[status_of(line)] <= CARDS_PER_STATUS:
                 line["images"] = _save_thumbnails(row, temporary, i)
             lines.append(line)
         write_jsonl(temporary / PREDICTIONS, lines)
@@ -128,6 +134,18 @@ def _save_thumbnails(row: Row, folder: Path, number: int) -> list[str]:
     for k, part in enumerate(row.conversation.before_last_answer().images()):
         image = load_image(part.source, row.image_access)
         image.thumbnail((THUMBNAIL_EDGE_PX, THUMBNAIL_EDGE_PX))
-        names.append(f"{THUMBNAILS}/{number:04d}-{k}.png")
-        image.save(folder / names[-1])
+        ending, content = encoded(image)
+        names.append(f"{THUMBNAILS}/{number:04d}-{k}.{ending}")
+        (folder / names[-1]).write_bytes(content)
     return names
+
+
+def encoded(image: Image.Image) -> tuple[str, bytes]:
+    """How the file's name ends, and its bytes: as PNG, or where that is smaller, as of photographs,
+    as JPEG.
+    """
+    files = {"png": BytesIO(), "jpg": BytesIO()}
+    image.save(files["png"], "png")
+    image.save(files["jpg"], "jpeg", quality=JPEG_QUALITY)
+    ending = min(files, key=lambda each: len(files[each].getbuffer()))
+    return ending, files[ending].getvalue()

@@ -24,6 +24,7 @@ from finetune.errors import RunDirError
 from finetune.gallery import (
     CARDS_PER_STATUS,
     HEADLINE_METRIC,
+    SIDES,
     STATUSES,
     Row,
     first_of_each_status,
@@ -39,7 +40,6 @@ from finetune.run_charts import curves, histograms
 from finetune.rundir import RunDir, read_json, replacing, write_text
 
 SKIPPED_SHOWN = 10
-SIDES = ("base", "adapter", "merged")
 
 
 def write_report(run: RunDir) -> Path:
@@ -57,14 +57,20 @@ def write_report(run: RunDir) -> Path:
     return run.report
 
 
-def render(found: Mapping[str, Any], *, refresh_seconds: int | None = None) -> str:
-    """The page; one that loads itself again every `refresh_seconds`, if they are given."""
+def render(
+    found: Mapping[str, Any], *, refresh_seconds: int | None = None, elsewhere: str | None = None
+) -> str:
+    """The page; one that loads itself again every `refresh_seconds`, if they are given. `elsewhere`
+    is where it stands still, or, without `refresh_seconds`, where it loads itself again.
+    """
     page = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     page.filters["inline_svg"] = lambda chart: Markup(chart.svg())
     template = files("finetune").joinpath("report.html.j2").read_text(encoding="utf-8")
-    shown = page.from_string(template).render(found, refresh_seconds=refresh_seconds)
+    shown = page.from_string(template).render(
+        found, refresh_seconds=refresh_seconds, elsewhere=elsewhere
+    )
     return shown.encode("utf-8", errors="replace").decode("utf-8")  # JSON may hold half a character
 
 
@@ -158,7 +164,8 @@ def other_evaluations(run: RunDir, notes: list[str]) -> list[Elsewhere]:
             )
             verdict = mapping(mapping(summary.get("differences")).get(metric)).get("verdict")
             rows = int(number(summary.get("num_eval_rows")) or 0)
-            paper = text_of(summary.get("paper"))
+            beside = mapping(summary.get("paper"))
+            paper = text_of(beside.get("figure")) if beside.get("metric") == metric else ""
             found.append(
                 Elsewhere(path.parent.name, metric, rows, base, adapter, text_of(verdict), paper)
             )

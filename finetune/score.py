@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 
 from finetune.errors import DataError, RecipeError, summarise_problems
-from finetune.metrics import PACKAGES, Measured, measure
+from finetune.metrics import Measured, measure, packages_needed
 from finetune.packages import refuse_missing
 from finetune.recipe import METRICS
 
@@ -42,17 +42,18 @@ def score(path: str | Path, metrics: Sequence[str], field: str = "prediction") -
     return Scored(measure(predictions, references, metrics), len(predictions))
 
 
-def metrics_named(names: Sequence[str]) -> list[str]:
+def metrics_named(
+    names: Sequence[str], source: str = "--metrics", *, verb: str = "score"
+) -> list[str]:
     """The names, each once. Raises `RecipeError` for one that is none, or whose package is not
-    installed.
+    installed; `source`, where they were named, and `verb`, what needs them, stand in its message.
     """
     found = list(dict.fromkeys(names))
     unknown = [name for name in found if name not in METRICS]
     if unknown or not found:
         which = f"{', '.join(unknown)}: no such metric" if unknown else "no metric given"
-        raise RecipeError(f"--metrics: {which}; expected some of {', '.join(METRICS)}")
-    needed = {f"--metrics: {name}": PACKAGES[name] for name in found if name in PACKAGES}
-    refuse_missing(needed, "score")
+        raise RecipeError(f"{source}: {which}; expected some of {', '.join(METRICS)}")
+    refuse_missing(packages_needed(found, source), verb)
     return found
 
 

@@ -2,8 +2,8 @@
 of Idefics2 gives to stand beside.
 
 Figures of the paper are of idefics2-8b with images split (320 tokens an image), arXiv 2405.02246,
-table 8 and huggingface.co/blog/idefics2. Answers of test splits are not public, so that validation
-rows are asked, also where the paper's figure is of the test split.
+table 8 and huggingface.co/blog/idefics2. Validation rows are asked where answers of the test split
+are not public, also where the paper's figure is of the test split.
 """
 
 from dataclasses import dataclass

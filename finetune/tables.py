@@ -13,6 +13,7 @@ from rich.text import Text
 
 from finetune.checking import Duplicates, Part
 from finetune.data.sampling import EpochBatches
+from finetune.gallery import SIDES
 from finetune.metrics import with_interval
 from finetune.model.merging import MergePlan
 from finetune.preparation import PreparedRows, counted
@@ -32,9 +33,6 @@ def messages_console() -> Console:
     return Console(stderr=True, markup=False, emoji=False, highlight=False)
 
 
-SIDES = ("base", "adapter", "merged")
-
-
 def figures_table(title: str, summary: Mapping[str, Any]) -> Table:
     """What each side reached, with 95% intervals, and whether the adapter is better; a row a
     metric.
@@ -51,7 +49,7 @@ def figures_table(title: str, summary: Mapping[str, Any]) -> Table:
             between = summary.get("intervals", {}).get(who, {}).get(metric)
             cells.append(_on_two_lines(summary[who].get(metric), between))
         found = summary.get("differences", {}).get(metric) if differ else None
-        if found:
+        if found and metric in summary["base"]:  # not of a loss that is no number
             gain = summary["adapter"][metric] - summary["base"][metric]
             cells += [_on_two_lines(gain, found["interval"], "+"), verdict_of(found, summary)]
         table.add_row(*cells)
@@ -59,8 +57,8 @@ def figures_table(title: str, summary: Mapping[str, Any]) -> Table:
 
 
 def compared_table(found: Mapping[str, Any]) -> Table:
-    """A row a run, a column a metric; in brackets 95% intervals, below them how it stands to the
-    first run.
+    """A row a run, a column a metric; in brackets 95% intervals, below them the difference to the
+    first run, with its paired interval, and what that says.
     """
     first, metrics = found["first"], list(found["figures"][found["first"]])
     table = Table(show_lines=True, pad_edge=False)
@@ -72,7 +70,10 @@ def compared_table(found: Mapping[str, Any]) -> Table:
         for metric in metrics:
             cell = _on_two_lines(figures[metric], found["intervals"][name][metric])
             against = found["differences"].get(name, {}).get(metric)
-            cells.append(f"{cell}\n{against['verdict']}" if against else cell)
+            if against:
+                gain = figures[metric] - found["figures"][first][metric]
+                cell += f"\n{with_interval(gain, against['interval'], '+')}\n{against['verdict']}"
+            cells.append(cell)
         table.add_row(*cells)
     return table
 

@@ -11,6 +11,7 @@ from finetune.report import gather, render
 from finetune.rundir import RunDir
 
 REFRESH_SECONDS = 10
+STILL = "/still"
 HOSTS = ("127.0.0.1", "localhost")
 FAILED = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta http-equiv="refresh" content="{seconds}">
@@ -24,8 +25,8 @@ drawing = threading.Lock()  # matplotlib's settings are those of all threads
 def watching(run: RunDir, port: int) -> ThreadingHTTPServer:
     """A server of the page on loopback, not yet answering; port 0 takes a free one.
 
-    The page loads itself again until the run has finished, also where it could not be made. Raises
-    `RunDirError` where the port is taken.
+    The page loads itself again until the run has finished, also where it could not be made; at
+    `/still` it does not, so that it can be read. Raises `RunDirError` where the port is taken.
     """
 
     class Handler(BaseHTTPRequestHandler):
@@ -33,10 +34,10 @@ def watching(run: RunDir, port: int) -> ThreadingHTTPServer:
             host = self.headers.get("Host", "").partition(":")[0]  # without a port at port 80
             if host not in HOSTS:  # a page elsewhere, whose name was made to point here
                 self.send_error(403, "only for this machine")
-            elif self.path != "/":
+            elif self.path not in ("/", STILL):
                 self.send_error(404)
             else:
-                status, page = _page(run)
+                status, page = _page(run, still=self.path == STILL)
                 self._answer(status, page.encode())
 
         def handle(self) -> None:
@@ -60,12 +61,15 @@ def watching(run: RunDir, port: int) -> ThreadingHTTPServer:
         raise RunDirError(f"--port {port}: cannot be listened at ({error.strerror})") from error
 
 
-def _page(run: RunDir) -> tuple[int, str]:
+def _page(run: RunDir, *, still: bool) -> tuple[int, str]:
     try:
         with drawing:
             found = gather(run)
-            refresh_seconds = None if found["finished"] else REFRESH_SECONDS
-            return 200, render(found, refresh_seconds=refresh_seconds)
+            if found["finished"]:
+                return 200, render(found)
+            if still:
+                return 200, render(found, elsewhere="/")
+            return 200, render(found, refresh_seconds=REFRESH_SECONDS, elsewhere=STILL)
     except Exception as error:  # whatever it is, the files may be whole when looked at again
         words = html.escape(f"{type(error).__name__}: {error}")
         return 500, FAILED.format(seconds=REFRESH_SECONDS, error=words)

@@ -3,7 +3,6 @@
 import html
 import json
 import re
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -30,7 +29,8 @@ from finetune.checking import (
 )
 from finetune.data.examination import BAD, COUNTS, OVERLONG, Examination, Finding
 from finetune.recipe import DataSection, DataSource, ModelSection, Recipe
-from tests.test_report import CHROMIUM, run_chromium, words_of
+from tests.browser import needs_browser, opened_in_chromium, run_chromium
+from tests.test_report import words_of
 
 HOSTILE = "</script><b>x</b> & \" ' <img src=x onerror=y> \u202e \udcff"
 LIMIT = DataSection(train=(DataSource(path="t.jsonl"),)).max_tokens
@@ -439,7 +439,7 @@ document.title = lowest.toFixed(2);
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (apt-get install chromium)")
+@needs_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("policy", ["stop", "skip"])
 def test_all_text_stands_out_from_what_is_behind_it(tmp_path: Path, scheme: str, policy: str):
@@ -454,7 +454,7 @@ def test_all_text_stands_out_from_what_is_behind_it(tmp_path: Path, scheme: str,
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (apt-get install chromium)")
+@needs_browser
 def test_the_page_fits_a_phone(tmp_path: Path):
     result = faulty(tmp_path)
     longest = [replace(result.parts[0].longest[0], where="d" * 90, num_tokens=10**9)]
@@ -471,15 +471,10 @@ def test_the_page_fits_a_phone(tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (apt-get install chromium)")
+@needs_browser
 def test_a_browser_shows_the_page_without_a_complaint(tmp_path: Path):
     page = write_check_page(faulty(tmp_path), tmp_path / "check.html")
-    assert CHROMIUM is not None
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
-    flags += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
-    ran = subprocess.run(
-        [CHROMIUM, *flags, page.as_uri()], capture_output=True, text=True, timeout=120, check=True
-    )
+    ran = opened_in_chromium("--dump-dom", page, "--enable-logging=stderr")
     assert "CONSOLE" not in ran.stderr  # errors, and requests that the policy refused
     assert "17 of 1,200 rows cannot be used" in ran.stdout
     assert ran.stdout.count("<svg") == 4

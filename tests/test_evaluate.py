@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -20,20 +21,26 @@ import torch
 from rich.console import Console
 
 from data_formats.chat import parse_chat
-from finetune import asking, evaluate
+from data_formats.formats import FORMATS
+from finetune import evaluate
+from finetune.arguments import training_arguments
 from finetune.asking import HeldOut, KeptAnswers, ask_rows, batches_of, with_suffix
 from finetune.data.collate import collate
 from finetune.data.examples import Encoder
 from finetune.data.images import ImageAccess
 from finetune.data.sources import Row
 from finetune.errors import DataError, RecipeError, RunDirError
+from finetune.metrics import measure
 from finetune.model.loss import sum_losses
 from finetune.recipe import EvaluationSection, load_recipe
+from finetune.resuming import out_of_patience
 from finetune.rundir import RunDir, read_json, read_jsonl, write_jsonl
 from finetune.sides import Side
+from finetune.suites import SUITES
 from finetune.train import train
 from tests.conftest import chat_row, noise, write_dataset, write_rows
 from tests.hub_server import Hub, Repo
+from tests.test_formats import TYPICAL
 
 QUIET = Console(quiet=True)
 EAGER = {"learning_rate": 0.02, "warmup_ratio": 0.0}  # so that a few steps change answers
@@ -238,6 +245,43 @@ def test_a_run_without_a_better_evaluation_stops(dataset: Callable[..., Path]) -
     assert [m["step"] for m in read_jsonl(run.metrics) if "eval_loss" in m] == steps
 
 
+RISING, FALLING = [0.1, 0.2, 0.3], [0.3, 0.2, 0.1]
+
+
+@pytest.mark.parametrize(
+    ("metric", "figures", "ends"),
+    [
+        ("anls", RISING, False),
+        ("anls", FALLING, True),
+        ("anls", [0.2, 0.3, 0.1], False),  # one evaluation since the best
+        ("anls", [0.3, 0.3, 0.3], True),  # as good is no better
+        ("cer", RISING, True),
+        ("cer", FALLING, False),
+        ("loss", RISING, True),
+        ("loss", FALLING, False),
+        ("loss", [], False),
+    ],
+)
+def test_patience_ends_with_two_evaluations_that_are_no_better(
+    metric: str, figures: list[float], ends: bool
+) -> None:
+    log: list[dict[str, float]] = [{f"eval_{metric}": figure} for figure in figures]
+    log[1:1] = [{"loss": 9.0}, {"eval_wer": 9.0}]  # lines of training and of other metrics
+    settings: dict[str, Any] = {"metrics": ["anls", "cer"], "best_metric": metric}
+    assert out_of_patience(log, EvaluationSection(**settings, patience=2)) is ends
+    assert not out_of_patience(log, EvaluationSection(**settings))
+
+
+@pytest.mark.parametrize(("metric", "greater"), [("anls", True), ("cer", False), ("loss", False)])
+def test_the_best_checkpoint_is_sought_where_the_metric_points(
+    dataset: Callable[..., Path], tmp_path: Path, metric: str, greater: bool
+) -> None:
+    evaluation = {"metrics": ["anls", "cer"], "best_metric": metric, "load_best": True}
+    recipe = load_recipe(dataset(evaluation=evaluation))
+    found = training_arguments(recipe, RunDir(tmp_path / "run"), num_eval_rows=4)
+    assert (found.metric_for_best_model, found.greater_is_better) == (metric, greater)
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
@@ -287,6 +331,12 @@ def test_merged_weights_are_judged_beside_base_and_adapter(made: RunDir) -> None
     merged, adapter = done.figures["merged"], done.figures["adapter"]
     assert merged == pytest.approx(adapter, rel=1e-4)
     assert merged["loss"] != done.figures["base"]["loss"]
+    assert "merged" in read_json(made.summary)
+    evaluate.evaluate(made.path, console=QUIET)
+    summary, (row, *_) = read_json(made.summary), read_jsonl(made.predictions)
+    for sides in (summary, summary["intervals"], row, row["scores"]):
+        assert "adapter" in sides
+        assert "merged" not in sides  # figures without answers, of another evaluation
 
 
 def test_the_base_is_judged_alone(made: RunDir) -> None:
@@ -318,6 +368,21 @@ def test_what_cannot_be_asked_is_refused(
         evaluate.evaluate(made.path, asked, console=QUIET)
     with pytest.raises(RunDirError, match="no such run"):
         evaluate.evaluate(made.path / "nowhere", console=QUIET)
+
+
+def test_a_metric_whose_package_is_missing_is_refused_before_a_row_is_asked(
+    made: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDir(shutil.copytree(made.path, tmp_path / "copied"))
+    text = run.recipe.read_text()
+    run.recipe.write_text(text.replace("- anls\n", "- anls\n  - cider\n"))
+    assert "cider" in load_recipe(run.recipe).evaluation.metrics
+    monkeypatch.setattr("finetune.packages.find_spec", lambda name: None)
+    monkeypatch.setattr(evaluate, "judge", lambda *_: pytest.fail("asked"))
+    with pytest.raises(RecipeError, match=r"evaluation\.metrics: cider: needs the package pycoco"):
+        evaluate.evaluate(run.path, console=QUIET)
+    with pytest.raises(RecipeError, match="--metrics: cider: needs the package pycocoevalcap"):
+        evaluate.evaluate(run.path, evaluate.Asked(metrics=["cider"]), console=QUIET)
 
 
 def test_figures_of_other_settings_are_not_written_over(made: RunDir) -> None:
@@ -419,4 +484,43 @@ def test_a_suite_is_fetched_asked_and_stood_beside_the_paper(made: RunDir, tmp_p
     assert found["num_eval_rows"] == 3
     assert found["evaluation"]["prompt_suffix"] == "Give a very brief answer."
     assert "anls" in found["adapter"]
-    assert asking.process() == (0, 1)
+
+
+# Of each suite a row as its dataset on the Hub has them, a right answer and a wrong one.
+ASKED = {
+    "docvqa": (TYPICAL["docvqa"][0], "1.8.93", "1969"),
+    "textvqa": (TYPICAL["textvqa"][0] | {"answers": ["nokia"] * 9 + ["x"]}, "Nokia", "x"),
+    "vqav2": (TYPICAL["vqav2"][0], "at table", "up"),
+    "chartqa": (TYPICAL["chartqa, by lmms-lab"][0], "14.5", "15"),
+    "mmmu": (TYPICAL["mmmu"][0], "(B) it's not", "A"),
+}
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_a_suite_s_metric_is_for_its_rows(name: str) -> None:
+    suite, (row, right, wrong) = SUITES[name], ASKED[name]
+    references = FORMATS[suite.source.format].parse(row).references()
+    figures = measure([right, wrong], [references] * 2, [suite.metric]).scores()
+    assert figures[0][suite.metric] == 1
+    assert figures[1][suite.metric] < 1
+
+
+# huggingface.co/blog/idefics2, the line of 8B with split images: 43.0 MMMU, 73.0 TextVQA, 81.2
+# VQAv2 and 74.0 DocVQA, of the splits that the columns name.
+@pytest.mark.parametrize(
+    ("name", "split", "paper", "paper_split"),
+    [
+        ("docvqa", "validation", 0.740, "test"),
+        ("textvqa", "validation", 0.730, "val"),
+        ("vqav2", "validation", 0.812, "test-dev"),
+        ("chartqa", "test", None, ""),
+        ("mmmu", "validation", 0.430, "val"),
+    ],
+)
+def test_a_suite_stands_beside_the_figure_of_the_paper(
+    name: str, split: str, paper: float | None, paper_split: str
+) -> None:
+    suite = SUITES[name]
+    assert (suite.source.split, suite.paper, suite.paper_split) == (split, paper, paper_split)
+    said = f"{suite.metric} {paper:.3f} of idefics2-8b on {paper_split}" if paper else "no figure"
+    assert said in suite.beside()

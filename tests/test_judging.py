@@ -1,5 +1,6 @@
 """Answers and figures, against generation one row at a time and against the untouched base."""
 
+import io
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -8,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 
 from data_formats.chat import Conversation, parse_chat
+from finetune import judging
 from finetune.asking import Answer, HeldOut
 from finetune.data.examples import Encoder
 from finetune.data.images import ImageAccess
@@ -146,3 +149,33 @@ def test_any_of_the_references_counts_as_right(
     figures = judged(sides_of(adapted, encoder, tmp_path), [row], settings, run).figures()
     assert (figures["base"]["exact_match"], figures["adapter"]["exact_match"]) == (1.0, 0.0)
     assert read_jsonl(run.predictions)[0]["references"] == ["answer 0", "first answer"]
+
+
+def test_pictures_are_kept_of_the_first_rows_of_each_kind(
+    nano_model: Any,
+    encoder: Encoder,
+    rows: list[Row],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All but the last wrong before and after: the report shows that one, too."""
+    monkeypatch.setattr("finetune.judging.CARDS_PER_STATUS", 2)
+    many = [rows[1]] * 5
+    given = (["wrong"] * 4 + ["answer 1"], ["wrong"] * 5)
+    monkeypatch.setattr("finetune.judging.ask_rows", answering(*given))
+    adapted = add_adapter(nano_model, FAMILIES["idefics2"], AdapterSection(), "nano")
+    run, settings = RunDir(tmp_path / "run"), EvaluationSection(metrics=("exact_match",))
+    judged(sides_of(adapted, encoder, tmp_path), many, settings, run)
+    kept = [len(line.get("images", [])) for line in read_jsonl(run.predictions)]
+    assert kept == [1, 1, 0, 0, 1]
+
+
+def test_a_picture_is_kept_as_it_is_unless_that_takes_more_room(picture: Any) -> None:
+    drawn, photograph = Image.new("RGB", (300, 200), "white"), picture(300, 200)
+    drawn.paste("black", (10, 10, 60, 20))
+    ending, encoded = judging.encoded(drawn)
+    assert ending == "png"
+    assert Image.open(io.BytesIO(encoded)).tobytes() == drawn.tobytes()
+    ending, encoded = judging.encoded(photograph)
+    assert ending == "jpg"
+    assert Image.open(io.BytesIO(encoded)).format == "JPEG"

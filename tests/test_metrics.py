@@ -10,6 +10,7 @@ from finetune.metrics import (
     METRICS,
     Measured,
     differences,
+    is_right,
     lower_is_better,
     measure,
     title_of,
@@ -270,6 +271,7 @@ def test_fewer_than_four_people_are_each_enough(
         ("0", "1", 0),
         ("Blue", "blue", 1),
         ("blu", "blue", 0),
+        (DECOMPOSED.upper(), COMPOSED, 1),
         ("1,000", "1000", 0),  # no number to the original
         ("nan", "NaN", 1),
         ("nan", "1", 0),
@@ -317,6 +319,7 @@ def test_any_reference_may_be_near() -> None:
         ("v3", "3", 0),
         ("twenty-one", "20", 0),
         ("someone", "1", 0),
+        ("one\u0301", "1", 0),  # as on\u00e9
         ("many", "3", 0),
         ("many", "many", 0),
         ("", "", 0),
@@ -340,8 +343,20 @@ def test_count(prediction: str, reference: str, expected: int) -> None:
         ("A or B", "B", 0),
         ("A", "A", 1),
         ("I say A", "A", 1),
-        ("A man rides", "A", 1),
-        ("This is A man", "A", 1),  # an article, which is taken for the letter
+        ("A man rides", "A", 1),  # an article, which is taken for the letter
+        ("This is A man", "A", 1),
+        ("A man is riding a horse on the beach", "A", 0),
+        ("I think that it is B in my view", "B", 1),  # the fourth word from the end
+        ("I think that it is B in my own view", "B", 0),
+        ("I say B, and once more B", "B", 0),  # where it first stands
+        ("B. cat on a mat and so on", "B", 1),  # marked at the beginning, wherever it ends
+        ("(B) cat on a mat and so on", "B", 1),
+        ("**B.** cat on a mat and so on", "B", 1),
+        ("Answer: B. cat on a mat and so on", "B", 1),
+        ("B\ncat on a mat and so on", "B", 1),
+        ("B cat on a mat and so on", "B", 0),
+        ("B. cat on a mat and so on", "A", 0),
+        ("B. cat on A mat and so on", "B", 0),  # two letters
         ("The answer is A", "A", 1),
         ("(I)", "I", 1),
         ("J", "I", 0),
@@ -355,6 +370,8 @@ def test_count(prediction: str, reference: str, expected: int) -> None:
         ("a cat", "A cat", 1),
         ("A dog", "A cat", 0),  # a reference's A is an article
         ("A", "A. cat", 1),
+        (DECOMPOSED, COMPOSED, 1),
+        ("A", "A\u0301", 0),  # no A but a text, as \u00c1 is
     ],
 )
 def test_multiple_choice(prediction: str, reference: str, expected: int) -> None:
@@ -374,6 +391,11 @@ def test_multiple_choice(prediction: str, reference: str, expected: int) -> None
         ("dog", ["cat"], 0.0),
         ("a_b", ["a b"], 1.0),
         ("Кот спит", ["кот сидит"], 0.5),
+        (DECOMPOSED, [COMPOSED], 1.0),
+        ("हिन्दी में", ["हिन्दी से"], 0.5),  # vowel signs part no words
+        ("हिन्दी", ["हिन्द"], 0.0),
+        ("x\u0304", ["x"], 0.0),  # a letter that has no composed form
+        ("\u2764\ufe0fcat", ["cat"], 1.0),  # the mark of a sign is no word's
         ("", ["cat"], 0.0),
         ("...", ["..."], 0.0),
     ],
@@ -424,6 +446,12 @@ def test_bleu_of_a_corpus_is_of_the_sums() -> None:
         (["cat", "cat"], [["cat"], ["cat"]], [0, 0]),  # what all rows say weighs nothing
         (["red cat on mat"], [["red cat on mat"]], [0]),
         (["cat", ""], [["?"], [""]], [0, 0]),
+        (
+            [f"red {DECOMPOSED} on mat", "old dog in box"],
+            [[f"red {COMPOSED} on mat"], ["old dog in box"]],
+            [10, 10],
+        ),
+        (["हिन्दी में", "b"], [["हिन्दी में"], ["a"]], [5, 0]),  # two words, not six
     ],
 )
 def test_cider(predictions: list[str], references: list[list[str]], expected: list[float]) -> None:
@@ -466,6 +494,9 @@ FENCED = "```json\n%s\n```"
         ('{"t": [[1, 2]]}', '{"t": [[3, 4]]}', (0, 4)),
         ('{"t": ["x", {"n": "y"}]}', '{"t": ["x", {"n": "z"}]}', (2, 4)),
         ("13", "12", (0, 2)),
+        (f'{{"{DECOMPOSED}": "{COMPOSED}"}}', f'{{"{COMPOSED}": "{DECOMPOSED}"}}', (2, 2)),
+        ('{"m": ["cafe\\u0301"]}', '{"m": ["caf\\u00e9"]}', (2, 2)),  # as JSON may write them
+        (DECOMPOSED, COMPOSED, (2, 2)),
     ],
 )
 def test_json_f1(prediction: str, reference: str, expected: tuple[int, int]) -> None:
@@ -489,6 +520,8 @@ def test_json_f1(prediction: str, reference: str, expected: tuple[int, int]) -> 
         ("{}", "{}", 1.0),
         ('{"a": "b"}', "{}", 0.0),
         ("abcx", "abcd", 3 / 4),
+        ('{"cafe\\u0301": "x"}', f'{{"{COMPOSED}": "x"}}', 1.0),
+        (f'{{"a": "{DECOMPOSED}s"}}', f'{{"a": "{COMPOSED}"}}', 4 / 5),  # of a key and four letters
     ],
 )
 def test_nted(prediction: str, reference: str, expected: float) -> None:
@@ -513,6 +546,8 @@ def test_nted(prediction: str, reference: str, expected: float) -> None:
         ("{}", "{}", 1.0),
         ("abcx", "abcd", 3 / 4),
         ("abxy", "abcd", 1 / 2),  # its threshold keeps one half
+        ('{"cafe\\u0301": "x"}', f'{{"{COMPOSED}": "x"}}', 1.0),
+        (DECOMPOSED, COMPOSED, 1.0),
     ],
 )
 def test_anls_star(prediction: str, reference: str, expected: float) -> None:
@@ -557,6 +592,30 @@ def test_an_answer_that_is_its_reference_is_the_best_there_is(name: str) -> None
     assert found.scores() == [{name: pytest.approx(best)}] * 2
     worse = measure(["7", ""], [["7"], ["8"]], [name])
     assert worse.figures()[name] != pytest.approx(best)
+
+
+@pytest.mark.parametrize("name", [name for name in OF_ANSWERS if name not in ("cider", "count")])
+def test_a_composed_letter_is_the_decomposed_one_but_for_vqa_s_own_rules(name: str) -> None:
+    best = 0 if lower_is_better(name) else 1
+    for said, wanted in ((COMPOSED, DECOMPOSED), (DECOMPOSED, COMPOSED)):
+        figure = measure([said], [[wanted]], [name]).figures()[name]
+        assert (figure == pytest.approx(best)) is (name != "vqa_accuracy")
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "short_of"),
+    [("exact_match", 1.0, 0.9), ("vqa_accuracy", 1.0, 0.9), ("cer", 0.0, 0.1), ("new", 1.0, 0.9)],
+)
+def test_an_answer_is_right_at_the_best_score_there_is(
+    name: str, at: float, short_of: float
+) -> None:
+    assert is_right(name, at) is True
+    assert is_right(name, short_of) is False
+
+
+@pytest.mark.parametrize("name", ["cider", "bleu", "rouge_l", "loss", "perplexity"])
+def test_no_score_of_these_makes_an_answer_right_or_wrong(name: str) -> None:
+    assert [is_right(name, score) for score in (0.0, 1.0, 10.0)] == [None] * 3
 
 
 def test_means_are_over_rows() -> None:
@@ -620,6 +679,14 @@ def test_a_loss_that_is_no_number_is_no_better(value: float) -> None:
     assert broken.figures() == {}
     assert broken.intervals() == {"loss": None}
     assert differences(good, broken) == {"loss": {"interval": None, "verdict": "cannot tell"}}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1000.0])  # e to the 1000 is no number, either
+def test_scores_of_rows_leave_out_what_is_no_number(value: float) -> None:
+    found = measure(["a", "b"], [["a"], ["a"]], ["anls"], np.array([[value, 1], [0, 1]]))
+    broken, whole = found.scores()
+    assert set(broken) == {"anls", "loss"} - ({"loss"} if value != 1000 else set())
+    assert whole == {"anls": 0.0, "loss": 0.0, "perplexity": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -716,7 +783,7 @@ def test_a_paired_interval_of_models_that_answer_alike_is_the_narrower() -> None
         (0.9667, (0.9333, 0.9917), "", "0.967 [0.933, 0.992]"),
         (0.1, (-0.05, 0.25), "+", "+0.100 [-0.050, +0.250]"),
         (0.5, None, "", "0.500"),
-        (0.0, (0.0, 0.0), "", "0.000 [0.000, 0.000]"),
+        (0.0, (0.0, 0.0), "", "0.000"),
         (None, None, "", ""),
         (None, (0.1, 0.2), "", ""),
     ],

@@ -35,8 +35,8 @@ from finetune.preview_page import (
     write_preview,
 )
 from finetune.recipe import ImagesSection
+from tests.browser import needs_browser, run_chromium
 from tests.conftest import NANO, NANO_IMAGES, chat_row, noise
-from tests.test_report import CHROMIUM, run_chromium
 
 SPLIT = ImagesSection(split="always", longest_edge_px=224, shortest_edge_px=28)
 MIXED = "这张图片 größer e\u0301 👩🏽\u200d🚀 𠮷\n\n\t  two,  spaces عربي نص\u200cها \u202e fin."
@@ -455,7 +455,7 @@ def measure(page: str, path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (apt-get install chromium)")
+@needs_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_browser_shows_the_views_and_colours_what_is_learnt(
     write, nano_processor: Any, tmp_path: Path, scheme: str
@@ -494,7 +494,7 @@ def test_a_browser_shows_the_views_and_colours_what_is_learnt(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (apt-get install chromium)")
+@needs_browser
 def test_the_page_fits_a_phone(write, nano_processor: Any, tmp_path: Path):
     row = make_row(
         nano_processor, talk("W" * 200, "A7", "a" * 90), [noise(300, 200)], where="d" * 90

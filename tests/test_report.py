@@ -3,15 +3,14 @@
 import http.client
 import json
 import re
-import shutil
 import socket
 import struct
-import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -33,8 +32,7 @@ from finetune.gallery import CARDS_PER_STATUS, differences, shortened
 from finetune.report import judge, planned_steps, write_report
 from finetune.rundir import RunDir, read_jsonl, write_json, write_jsonl
 from finetune.watching import watching
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+from tests.browser import needs_browser, opened_in_chromium, run_chromium
 
 
 def prediction(line: int, *, base: bool, adapter: bool, **extra) -> dict:
@@ -118,8 +116,12 @@ def whole(finished: RunDir) -> RunDir:
     predictions[0]["views"] = [[*halves, [0, 0, 40, 20, 112, 84]]]
     predictions[1]["views"] = [["no", "view"], 3]
     write_jsonl(run.predictions, predictions)
-    other = {"adapter": {"anls": 0.5}, "base": {"anls": 0.25}, "num_eval_rows": 3}
-    other |= {"intervals": {"adapter": {"anls": [0.25, 0.75]}}, "paper": "0.740 of idefics2-8b"}
+    other: dict[str, Any] = {
+        "adapter": {"anls": 0.5, "loss": 1.0},
+        "base": {"anls": 0.25, "loss": 1.0},
+    }
+    other |= {"intervals": {"adapter": {"anls": [0.25, 0.75]}}, "num_eval_rows": 3}
+    other["paper"] = {"metric": "anls", "figure": "0.740 of idefics2-8b"}
     (run.evaluations / "docvqa").mkdir(parents=True)
     write_json(run.evaluations / "docvqa" / "summary.json", other)
     return run
@@ -190,6 +192,19 @@ def test_rows_are_sorted_into_fixed_still_wrong_and_right(finished: RunDir):
     assert page.count('class="card wrong"') == page.count('class="card right"') == 1
     assert 'id="show-fixed"' in page
     assert 'id="show-broken"' not in page
+
+
+def test_rows_are_not_scored_by_a_metric_that_makes_none_right(finished: RunDir):
+    row = prediction(1, base=False, adapter=True)
+    row["scores"] = {"base": {"cider": 0.5, "anls": 0.0}, "adapter": {"cider": 1.5, "anls": 1.0}}
+    write_jsonl(finished.predictions, [row])
+    page = page_of(finished)
+    assert page.count('class="card unscored"') == 1
+    assert "right" not in re.findall(r'class="mark [^>]*>([^<]*)<', page)
+    assert not re.search(r"✓|✗|of 1</b> right", page)
+    row["scores"] = {"base": {"anls": 0.0, "cider": 0.5}, "adapter": {"anls": 1.0, "cider": 1.5}}
+    write_jsonl(finished.predictions, [row])
+    assert page_of(finished).count('class="card fixed"') == 1
 
 
 def test_a_run_that_was_stopped_gets_a_report_that_says_so(stopped: RunDir):
@@ -486,6 +501,11 @@ def test_a_run_that_goes_on_is_watched(whole: RunDir):
         with whole.metrics.open("a") as log:
             log.write('{"step": 40, "loss": 0.5}\n')
         assert "up to step 40" in words_of(asked()[1])
+        assert 'href="/still"' in page
+        still = asked("/still")[1]
+        assert 'http-equiv="refresh"' not in still
+        assert 'href="/"' in still
+        assert "up to step 40" in words_of(still)
         whole.summary.write_bytes(before)
         assert 'http-equiv="refresh"' not in asked()[1]
         assert asked("/recipe.yaml")[0] == 404
@@ -528,7 +548,7 @@ def test_a_tab_that_is_closed_is_no_fault(whole: RunDir, monkeypatch: pytest.Mon
         request.close()
         ended.set()
 
-    def slow(_: RunDir):
+    def slow(_: RunDir, *, still: bool):
         closed.wait(20)
         return 200, "x" * 10_000_000
 
@@ -604,6 +624,7 @@ for (const radio of document.querySelectorAll("input[name=show]")) {
 document.getElementById("show-all").focus();
 seen.focused = document.activeElement.id;
 seen.width = window.innerWidth;
+seen.page = getComputedStyle(document.body).backgroundColor;
 seen.wide = document.documentElement.scrollWidth > window.innerWidth;
 const size = each => [each.getBoundingClientRect().height, getComputedStyle(each).lineHeight];
 const lines = each => size(each).reduce((height, line) => height / parseFloat(line));
@@ -622,13 +643,11 @@ FRAME = """
 <iframe src="{page}" style="width: {width}px; height: 2000px; border: 0"></iframe>
 """
 
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
-
 
 @pytest.mark.slow
 @needs_browser
-@pytest.mark.parametrize("width", [390, 1280])
-def test_a_browser_shows_the_figures_and_the_filter_works(whole: RunDir, width: int):
+@pytest.mark.parametrize(("width", "theme"), [(390, "light"), (390, "dark"), (1280, "light")])
+def test_a_browser_shows_the_figures_and_the_filter_works(whole: RunDir, width: int, theme: str):
     page = page_of(whole)
     policy = re.search(r'<meta http-equiv="Content-Security-Policy"[^>]*>', page)
     assert policy  # which would not let the test look
@@ -637,7 +656,8 @@ def test_a_browser_shows_the_figures_and_the_filter_works(whole: RunDir, width: 
     looked.write_text(lazy.replace("</body>", f"{LOOK}</body>"))
     framed = looked.with_name("framed.html")
     framed.write_text(FRAME.format(page=looked.name, width=width))
-    dom = run_chromium("--dump-dom", framed, "--virtual-time-budget=5000")
+    dark = ["--blink-settings=preferredColorScheme=0"] * (theme == "dark")
+    dom = run_chromium("--dump-dom", framed, "--virtual-time-budget=5000", *dark)
     found = re.search(r'<pre id="seen">(.*?)</pre>', dom)
     assert found
     seen = json.loads(found[1])
@@ -647,6 +667,7 @@ def test_a_browser_shows_the_figures_and_the_filter_works(whole: RunDir, width: 
     assert seen["focused"] == "show-all"
     assert seen["errors"] == []
     assert seen["width"] == width
+    assert seen["page"] == {"light": "rgb(251, 251, 250)", "dark": "rgb(20, 21, 23)"}[theme]
     assert seen["wide"] is False  # nothing is cut off on a phone
     assert seen["lines"] < 4  # and names stand there in words, not in letters
     assert seen["drawn"] == page.count("<svg")
@@ -681,17 +702,3 @@ def asked_for(page: Path) -> tuple[set[str], str]:
 def origin(url: str) -> str:
     """Scheme and host."""
     return "/".join(url.split("/")[:3])
-
-
-def run_chromium(action: str, page: Path, *flags: str) -> str:
-    """What Chromium prints."""
-    return opened_in_chromium(action, page, *flags).stdout
-
-
-def opened_in_chromium(action: str, page: Path, *flags: str) -> "subprocess.CompletedProcess[str]":
-    """A profile of its own, so that tests side by side do not meet."""
-    assert CHROMIUM is not None
-    profile = page.parent.parent / "profile"
-    own = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}"]
-    command = [CHROMIUM, *own, *flags, action, page.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)

@@ -3,13 +3,15 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from finetune.cli import app
 from finetune.errors import DataError, FinetuneError, RecipeError
+from finetune.metrics import measure
 from finetune.rundir import write_jsonl
-from finetune.score import score
+from finetune.score import metrics_named, score
 
 
 def written(tmp_path: Path, *lines: object) -> Path:
@@ -43,6 +45,13 @@ def test_a_field_of_predictions_of_a_run_is_scored(tmp_path: Path) -> None:
     assert score(path, ["exact_match"], "adapter").measured.figures() == {"exact_match": 1.0}
     with pytest.raises(DataError, match=r"'prediction' is missing; .*base, adapter \(--field\)"):
         score(path, ["exact_match"])
+
+
+def test_predictions_of_a_run_that_diverged_are_scored(tmp_path: Path) -> None:
+    (scores,) = measure(["3"], [["3"]], ["anls"], np.array([[np.nan, 1]])).scores()
+    row = {"adapter": "3", "references": ["3"], "scores": {"adapter": scores}}
+    path = written(tmp_path, row)
+    assert score(path, ["anls"], "adapter").measured.figures() == {"anls": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -84,3 +93,13 @@ def test_what_cannot_be_scored_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("finetune.packages.find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=r"--metrics: cider: .* pip install pycocoevalcap"):
         score(good, ["cider"])
+
+
+def test_metrics_are_refused_by_where_they_were_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = "runs/first/recipe.yaml: evaluation.metrics"
+    assert metrics_named(["anls", "cer", "anls"], source) == ["anls", "cer"]
+    with pytest.raises(RecipeError, match=f"^{source}: anl: no such metric"):
+        metrics_named(["anl"], source)
+    monkeypatch.setattr("finetune.packages.find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match=rf"^compare: 1 problem\n  {source}: cider: needs"):
+        metrics_named(["cider"], source, verb="compare")

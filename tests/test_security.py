@@ -60,12 +60,12 @@ from finetune.recipe.syntax import MAX_BYTES, MAX_DEPTH, MAX_DIGITS, MAX_VALUES,
 from finetune.report import write_report
 from finetune.rundir import RunDir, write_json, write_jsonl
 from finetune.serving import Served
+from tests.browser import needs_browser, run_chromium
 from tests.conftest import NANO_IMAGES, chat_row, noise
 from tests.hub_server import Hub, Repo
 from tests.test_check_page import bad, found
 from tests.test_merge import QUIET, Made, made_run
 from tests.test_preview_page import make_row, talk
-from tests.test_report import CHROMIUM, run_chromium
 from tests.test_train import train
 
 ROOT = Path(__file__).parent.parent
@@ -868,7 +868,10 @@ def run_of(folder: Path, text: str, name: str) -> RunDir:
     write_json(run.summary, summary)
     write_json(run.data, {"train": {"num_rows": 2, text: 2}, text: {"num_rows": 2}})
     (run.evaluations / name).mkdir(parents=True)
-    write_json(run.evaluations / name / "summary.json", summary | {"paper": text})
+    write_json(
+        run.evaluations / name / "summary.json",
+        summary | {"paper": {"metric": text, "figure": text}},
+    )
     run.recipe.write_text(json.dumps({"model": {"name": text}, "adapter": {"method": text}}))
     return run
 
@@ -932,7 +935,7 @@ def test_markup_in_rows_and_names_is_text_in_the_preview(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (apt-get install chromium)")
+@needs_browser
 def test_a_browser_runs_nothing_that_stands_in_a_row(nano_processor: Any, tmp_path: Path) -> None:
     """Without the policy that forbids all scripts: a hole would then be one."""
     title = HOSTILE.replace("alert(1)", "document.title=/ran/.source")

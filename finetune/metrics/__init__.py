@@ -1,7 +1,7 @@
 """Metrics by the names that recipes use: a figure over rows, a score a row, how sure they are."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,17 +24,26 @@ def ratio(sums: np.ndarray) -> np.ndarray:
     return sums[..., 0] / np.maximum(sums[..., 1], 1)
 
 
+def perplexity(sums: np.ndarray) -> np.ndarray:
+    """The exponential of the loss by token [..., 2] -> [...]; infinite from a loss of 710 on."""
+    with np.errstate(over="ignore"):
+        return np.exp(ratio(sums))
+
+
 @dataclass(frozen=True)
 class Metric:
     """`columns` gives what is summed over rows [N, K], `figure` makes figures of sums [B, K].
 
     Those without `columns` are of how likely the references are to the model, and no answer tells.
+    An answer whose score is `right` or better counts as right; None where a score, however high,
+    makes no answer right or wrong.
     """
 
     title: str
     columns: Callable[[Texts, References], np.ndarray] | None = None
     figure: Callable[[np.ndarray], np.ndarray] = ratio
     lower_is_better: bool = False
+    right: float | None = 1.0
 
 
 def _mean(score: Callable[[str, Texts], float]) -> Callable[[Texts, References], np.ndarray]:
@@ -61,21 +70,19 @@ def _cider_columns(predictions: Texts, references: References) -> np.ndarray:
 
 
 METRICS: dict[str, Metric] = {
-    "loss": Metric("loss", lower_is_better=True),
-    "perplexity": Metric(
-        "perplexity", figure=lambda sums: np.exp(ratio(sums)), lower_is_better=True
-    ),
+    "loss": Metric("loss", lower_is_better=True, right=None),
+    "perplexity": Metric("perplexity", figure=perplexity, lower_is_better=True, right=None),
     "exact_match": Metric("exact match", _mean(exact_match)),
     "contains": Metric("contains", _mean(contains)),
     "anls": Metric("ANLS", _mean(anls)),
     "vqa_accuracy": Metric("VQA accuracy", _mean(vqa_accuracy)),
     "relaxed_accuracy": Metric("relaxed accuracy", _mean(relaxed_accuracy)),
-    "cer": Metric("CER", _rate(cer), lower_is_better=True),
-    "wer": Metric("WER", _rate(wer), lower_is_better=True),
+    "cer": Metric("CER", _rate(cer), lower_is_better=True, right=0.0),
+    "wer": Metric("WER", _rate(wer), lower_is_better=True, right=0.0),
     "token_f1": Metric("token F1", _mean(token_f1)),
-    "bleu": Metric("BLEU", bleu_counts, bleu),
-    "rouge_l": Metric("ROUGE-L", _mean(rouge_l)),
-    "cider": Metric("CIDEr-D", _cider_columns),
+    "bleu": Metric("BLEU", bleu_counts, bleu, right=None),
+    "rouge_l": Metric("ROUGE-L", _mean(rouge_l), right=None),
+    "cider": Metric("CIDEr-D", _cider_columns, right=None),
     "json_f1": Metric("JSON field F1", _rate(json_f1)),
     "nted": Metric("tree similarity (nTED)", _mean(nted)),
     "anls_star": Metric("ANLS*", _mean(anls_star)),
@@ -85,6 +92,13 @@ METRICS: dict[str, Metric] = {
 
 PACKAGES = {"cider": "pycocoevalcap"}
 """What a metric needs that is not installed with this package."""
+
+
+def packages_needed(metrics: Sequence[str], source: str) -> dict[str, str]:
+    """What these need that is not installed with this package, by where they were named and by
+    which name: `evaluation.metrics: cider`.
+    """
+    return {f"{source}: {name}": PACKAGES[name] for name in metrics if name in PACKAGES}
 
 
 @dataclass(frozen=True)
@@ -102,17 +116,24 @@ class Measured:
             for name, columns in self.columns.items()
             if len(columns)
         }
-        return {name: figure for name, figure in found.items() if math.isfinite(figure)}
+        return _finite(found)
 
     def scores(self) -> list[dict[str, float]]:
-        """Of each row by itself."""
+        """Of each row by itself, without what is no finite number: JSON has no name for it."""
         by_metric = {name: METRICS[name].figure(each) for name, each in self.columns.items()}
         num_rows = len(next(iter(by_metric.values()), ()))
-        return [{name: float(by_metric[name][i]) for name in by_metric} for i in range(num_rows)]
+        return [
+            _finite({name: float(by_metric[name][i]) for name in by_metric})
+            for i in range(num_rows)
+        ]
 
     def intervals(self) -> dict[str, Interval | None]:
         """95% of each figure."""
         return {name: interval(each, METRICS[name].figure) for name, each in self.columns.items()}
+
+
+def _finite(figures: Mapping[str, float]) -> dict[str, float]:
+    return {name: figure for name, figure in figures.items() if math.isfinite(figure)}
 
 
 def measure(
@@ -144,6 +165,16 @@ def lower_is_better(metric: str) -> bool:
     return metric in METRICS and METRICS[metric].lower_is_better
 
 
+def is_right(metric: str, score: float) -> bool | None:
+    """Whether a score counts as right: 1 or more where it is not known here, as for most; None
+    where the metric makes no answer right or wrong.
+    """
+    right = METRICS[metric].right if metric in METRICS else 1.0
+    if right is None:
+        return None
+    return score <= right if lower_is_better(metric) else score >= right
+
+
 def differences(base: Measured, adapter: Measured) -> dict[str, dict[str, Any]]:
     """Of each metric that both have the `interval` of adapter - base, and the `verdict`: better,
     worse, cannot tell, where there is no interval, it holds zero or fewer than six rows changed, or
@@ -162,10 +193,14 @@ def differences(base: Measured, adapter: Measured) -> dict[str, dict[str, Any]]:
 
 
 def with_interval(figure: float | None, between: Sequence[float] | None, sign: str = "") -> str:
-    """`0.967 [0.933, 0.992]`; empty for no figure. `sign` is + where it is a difference."""
+    """`0.967 [0.933, 0.992]`; empty for no figure. `sign` is + where it is a difference.
+
+    Without an interval of no width: where all rows score the same, as all wrong, drawing them anew
+    gives the same again, and says nothing of other rows.
+    """
     if figure is None:
         return ""
-    if between is None:
+    if between is None or between[0] == between[1]:
         return _written(figure, sign)
     low, high = between
     return f"{_written(figure, sign)} [{_written(low, sign)}, {_written(high, sign)}]"

@@ -1,9 +1,11 @@
-"""Figures for answers that are numbers."""
+"""Figures for answers that are numbers. Composed letters are decomposed ones."""
 
 import math
 import re
 from collections.abc import Sequence
 from decimal import Decimal
+
+from finetune.metrics.text import composed
 
 TOLERANCE = 0.05
 
@@ -32,7 +34,7 @@ def _is_near(prediction: str, reference: str) -> bool:
     said, wanted = _number(prediction), _number(reference)
     if said is not None and wanted:
         return abs(said - wanted) / abs(wanted) <= TOLERANCE
-    return prediction.lower() == reference.lower()
+    return composed(prediction).lower() == composed(reference).lower()
 
 
 def _number(text: str) -> float | None:
@@ -52,7 +54,7 @@ def count(prediction: str, references: Sequence[str]) -> float:
 
 
 def _counted(text: str) -> Decimal | None:
-    found = {_value(each) for each in _NUMBER.findall(text.lower())}
+    found = {_value(each) for each in _NUMBER.findall(composed(text).lower())}
     return found.pop() if len(found) == 1 else None
 
 

@@ -1,7 +1,8 @@
 """Figures for answers that are JSON: extraction of fields.
 
 A prediction in a code fence counts as what the fence holds. One that is no JSON scores as if it
-were empty; a reference that is none is compared as text.
+were empty; a reference that is none is compared as text. Composed letters are decomposed ones, in
+keys and in values, however JSON writes them.
 """
 
 import json
@@ -11,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rapidfuzz.distance import Levenshtein
+
+from finetune.metrics.text import composed
 
 _FENCE = re.compile(r"^```(?:json)?\s*(.*?)\s*```$", re.DOTALL)
 _LEAF = "<leaf>"
@@ -123,7 +126,7 @@ def _parsed(prediction: str, reference: str) -> tuple[Any, Any]:
     """Both as JSON; as texts where the reference is none."""
     wanted, is_json = _json(reference)
     if not is_json or not isinstance(wanted, dict | list):
-        return prediction.strip(), reference.strip()
+        return composed(prediction.strip()), composed(reference.strip())
     said, is_json = _json(prediction)
     return (said if is_json else {}), wanted
 
@@ -134,7 +137,7 @@ def _json(text: str) -> tuple[Any, bool]:
         value = json.loads(fenced[1] if fenced else text)
     except (ValueError, RecursionError):
         return None, False
-    return (None, False) if _is_deep(value) else (value, True)
+    return (None, False) if _is_deep(value) else (_composed(value), True)
 
 
 def _is_deep(value: Any) -> bool:
@@ -144,6 +147,14 @@ def _is_deep(value: Any) -> bool:
         lists = (each for each in level if isinstance(each, list))
         level = [inner for each in (*dicts, *lists) for inner in each]
     return bool(level)
+
+
+def _composed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {composed(key): _composed(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_composed(inner) for inner in value]
+    return composed(value) if isinstance(value, str) else value
 
 
 def _tidy(value: Any) -> Any:

@@ -1,5 +1,5 @@
 """Figures for short answers: by letters, words and edits. White space at the ends never counts, and
-composed letters are those of NFC.
+composed letters are decomposed ones.
 """
 
 import re
@@ -86,5 +86,12 @@ def _fewest(found: Iterable[tuple[int, int]]) -> tuple[float, float]:
     return min(found, key=lambda each: each[0] / max(each[1], 1), default=(0, 0))
 
 
+def composed(text: str) -> str:
+    """In NFC, where an accent that follows its letter has become one with it: unicode writes é in
+    both ways, and they are to be equal.
+    """
+    return normalize("NFC", text)
+
+
 def _plain(text: str) -> str:
-    return normalize("NFC", text.strip())
+    return composed(text.strip())

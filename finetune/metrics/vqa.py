@@ -2,7 +2,7 @@
 
 Source: GT-Vision-Lab/VQA, PythonEvaluationTools/vqaEvaluation/vqaEval.py, its known oddities kept:
 a period goes unless a digit follows it, and at most 32 of them go; a comma between digits anywhere
-makes all punctuation vanish rather than become spaces.
+makes all punctuation vanish rather than become spaces; a composed letter is not the decomposed one.
 """
 
 import re
