@@ -2,6 +2,7 @@
 disk.
 """
 
+import gc
 import json
 from collections.abc import Callable
 from functools import partial
@@ -26,6 +27,13 @@ NANO_IMAGES = ImagesSection(split="never", longest_edge_px=224, shortest_edge_px
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _imports_are_no_garbage() -> None:
+    """Every training collects garbage several times, and would go through all of torch each."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
