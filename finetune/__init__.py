@@ -4,7 +4,7 @@ The floors of the house, lowest first. A module imports from its own line only w
 on that line, and from any line above it in this list; never from a line below.
 `tests/test_house.py` holds this order.
 
-    errors  patterns  packages  processes
+    errors  patterns  packages  processes  stopping
     recipe.messages  recipe.syntax  recipe.files  recipe.fields  recipe.conflicts
     recipe.schema  recipe.loading
     recipe.copying
@@ -37,8 +37,8 @@ on that line, and from any line above it in this list; never from a line below.
     environment
     charts  run_charts  gallery  report  watching
     checking  check_page  preview_page
-    resuming  findings  callbacks  arguments  row_numbers  stream_progress  bad_steps
-    out_of_memory  trainer
+    resuming  stream_lists  callbacks  arguments  row_numbers  stream_progress  bad_steps
+    out_of_memory  saving  trainer
     sides  asking  judging  preparation  data_summary  vision_cache_plan  planning  fitting
     training
     engines  requirements  verifying  answering  serving  card  suites

@@ -16,6 +16,7 @@ from finetune.data.collate import BatchRow
 from finetune.errors import FinetuneError, ModelError
 from finetune.processes import is_first, lists_of_all, mean_of_all
 from finetune.recipe import TrainingSection
+from finetune.recipe.conflicts import STEPPING_IN_BACKWARD
 from finetune.rundir import RunDir, append_jsonl, read_json, read_jsonl, write_json, write_jsonl
 
 NUM_REMEMBERED = 50
@@ -24,6 +25,10 @@ ENOUGH = 10
 MAX_IN_A_ROW = 10
 MAX_PAGES = 20
 _STATE = "bad_steps.json"
+_ANEW = (  # none of which a resumed run may change
+    "start again with these rows mended, a lower training.learning_rate, a higher "
+    "training.warmup_ratio or model.dtype: float32"
+)
 
 
 @dataclass(frozen=True)
@@ -116,11 +121,20 @@ class BadSteps(TrainerCallback):
         self.num_in_a_row += 1
         told = self._tell(found)
         if self.settings.bad_loss == "stop":
-            raise ModelError(f"{told}; training.bad_loss: skip leaves such steps out")
+            go_on = "go on with --resume and training.bad_loss=skip, or " if self._can_skip else ""
+            raise ModelError(f"{told}; {go_on}{_ANEW}")
         if self.num_in_a_row >= MAX_IN_A_ROW:
-            raise ModelError(f"{told}; it is the {MAX_IN_A_ROW}th in a row: training has diverged")
+            raise ModelError(
+                f"{told}; it is the {MAX_IN_A_ROW}th in a row: training has diverged; {_ANEW}"
+            )
         self.tell(f"left out {told}")
         return False
+
+    @property
+    def _can_skip(self) -> bool:
+        """Whether the recipe may say so."""
+        within = self.settings.optimizer.endswith(STEPPING_IN_BACKWARD)
+        return not within and not (self.settings.distributed or "").startswith("zero")
 
     def _why(self, loss: float) -> str:
         if not math.isfinite(loss):
@@ -150,11 +164,7 @@ class BadSteps(TrainerCallback):
         more = f" and {len(places) - 4} more" if len(places) > 5 else ""
         shown = ", ".join(places[: 4 if more else 5]) + more
         seen = f"; see {page}" if is_shown else ""
-        return (
-            f"step {found.step}: {found.why}, with {shown or 'no rows'} in the batch{seen}. Mend "
-            "the rows, lower training.learning_rate, raise training.warmup_ratio, or set "
-            "model.dtype: float32"
-        )
+        return f"step {found.step}: {found.why}, with {shown or 'no rows'} in the batch{seen}"
 
     def corrected(self, loss: float) -> float | None:
         """The mean since the last log, of which the stock one counts the steps left out as zero;

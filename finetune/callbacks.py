@@ -5,19 +5,23 @@ signal.
 import json
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
 from finetune.environment import peak_memory_gib
 from finetune.metrics import title_of
-from finetune.processes import any_of_all, is_first, sum_of_all, wait_for_all
+from finetune.processes import any_of_all, is_first, process, sum_of_all, wait_for_all
 from finetune.recipe import METRICS, EvaluationSection
 from finetune.resuming import out_of_patience
 from finetune.rundir import RunDir, read_jsonl, write_jsonl
+from finetune.stopping import INTERRUPTED, RESUME_ME, STOPS
 
 
 class MetricsFile(TrainerCallback):
@@ -166,18 +170,13 @@ class Patience(TrainerCallback):
             control.should_training_stop = True
 
 
-INTERRUPTED = 130
-"""Exit code of what SIGINT ended, as a shell expects it."""
-
-RESUME_ME = 75
-"""Exit code of a run that SIGTERM or SIGUSR1 ended, as job managers and spot machines send them: a
-temporary failure (EX_TEMPFAIL), to be started again with --resume.
-"""
+class LeftEvaluationError(Exception):
+    """An evaluation between steps is left, in all processes at the same place."""
 
 
 class StopOnSignal(TrainerCallback):
-    """SIGINT, SIGTERM and SIGUSR1 end a run after the step at hand, with a checkpoint; before and
-    after the steps at once. So does a second SIGINT.
+    """SIGINT, SIGTERM and SIGUSR1 end a run after the step at hand, or within an evaluation, with a
+    checkpoint; before and after the steps at once. So does a second SIGINT.
 
     The signals are taken over for as long as it is entered.
     """
@@ -190,7 +189,7 @@ class StopOnSignal(TrainerCallback):
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopOnSignal":
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in STOPS:
             self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
@@ -214,12 +213,43 @@ class StopOnSignal(TrainerCallback):
         self.console.print(f"stopping after this step and saving a checkpoint{again}")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask the trainer for a checkpoint and the end, in every process where one was told."""
-        if any_of_all(self.exit_code is not None, args.device):
-            self.exit_code = RESUME_ME if self.exit_code is None else self.exit_code
+        """Ask the trainer for a checkpoint and the end, in every process where one was told; an
+        evaluation, which would come first, is left to the resumed run.
+        """
+        if self._is_told(args):
             control.should_log = True
+            control.should_evaluate = False
             control.should_save = True
             control.should_training_stop = True
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After every batch of an evaluation; raise `LeftEvaluationError` where one was told."""
+        if self._is_told(args):
+            raise LeftEvaluationError
+
+    def _is_told(self, args: Any) -> bool:
+        """All processes have to ask."""
+        if not any_of_all(self.exit_code is not None, args.device):
+            return False
+        self.exit_code = RESUME_ME if self.exit_code is None else self.exit_code
+        return True
+
+    @contextmanager
+    def answering(self, model: torch.nn.Module) -> Iterator[None]:
+        """While a model answers in an evaluation: raise `LeftEvaluationError` before its next token
+        once a signal has come. Not in several processes, which end with their answers at different
+        times, and then wait for each other.
+        """
+
+        def leave(*_: Any) -> None:
+            if self.exit_code is not None and process()[1] == 1:
+                raise LeftEvaluationError
+
+        hook = model.register_forward_pre_hook(leave)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def steps_are_over(self) -> None:
         """Ctrl-C, and the other signals, end the run at once again."""

@@ -1,5 +1,6 @@
 """Checkpoints on disk: written aside, sealed with checksums, renamed; read again only if whole."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -8,10 +9,11 @@ from pathlib import Path
 from xxhash import xxh3_128
 
 from finetune.errors import RunDirError
-from finetune.rundir import read_json, write_json
+from finetune.rundir import write_json
 
 MANIFEST = "manifest.json"
 ASIDE = ".writing"
+_PREFIX = "checkpoint-"
 _CHUNK = 1 << 22
 
 
@@ -44,49 +46,60 @@ def last_whole(
 ) -> Path | None:
     """The newest `checkpoint-STEP` that is as it was written, or None; `tell` is given a message
     for each newer one that is not.
+
+    Raises `RunDirError` where one cannot be read.
     """
-    steps = {
-        int(path.name.rpartition("-")[2]): path
-        for path in checkpoints.glob("checkpoint-*")
-        if path.name.rpartition("-")[2].isdigit()
-    }
+    steps = {step: path for path in checkpoints.glob(f"{_PREFIX}*") if (step := _step(path)) >= 0}
     for step in sorted(steps, reverse=True):
         fault = fault_of(steps[step])
         if not fault:
             return steps[step]
-        tell(f"{steps[step]}: is damaged ({fault}), so the one before is taken")
+        tell(f"{steps[step]}: is damaged ({fault})")
     return None
 
 
-def drop_newer(checkpoints: Path, kept: Path | None) -> None:
-    """Delete what stands of checkpoints after the one that a run goes on from, all of them damaged:
-    they would count as its newest.
+def move_newer_aside(checkpoints: Path, kept: Path | None) -> None:
+    """Give what stands of checkpoints after the one that a run goes on from, all of them damaged,
+    another name (`damaged-checkpoint-STEP`): they would count as its newest.
     """
-    last = int(kept.name.rpartition("-")[2]) if kept else -1
-    for path in checkpoints.glob("checkpoint-*"):
-        step = path.name.rpartition("-")[2]
-        if step.isdigit() and int(step) > last:
-            shutil.rmtree(path)
+    for path in checkpoints.glob(f"{_PREFIX}*"):
+        if _step(path) > (_step(kept) if kept else -1):
+            aside = path.with_name(f"damaged-{path.name}")
+            if aside.is_dir():
+                shutil.rmtree(aside)
+            path.rename(aside)
+
+
+def _step(path: Path) -> int:
+    """Of a checkpoint, by its name; -1 for what is none."""
+    step = path.name.removeprefix(_PREFIX)
+    return int(step) if step.isdigit() else -1
 
 
 def fault_of(checkpoint: Path) -> str | None:
-    """What of a checkpoint is not as it was written; None for nothing."""
+    """What of a checkpoint is not as it was written; None for nothing.
+
+    Raises `RunDirError` where it cannot be read, which need not be so the next time.
+    """
     try:
-        manifest = read_json(checkpoint / MANIFEST)
+        manifest = json.loads((checkpoint / MANIFEST).read_bytes())
         for name, wanted in manifest.items():
             file = checkpoint / name
-            if not file.is_file():
-                return f"{name} is missing"
             if (size := file.stat().st_size) != wanted["bytes"]:
                 return f"{name} has {size:,} bytes instead of {wanted['bytes']:,}"
             if _digest(file) != wanted["xxh3_128"]:
                 return f"{name} holds other bytes than were written"
-    except RunDirError as error:
-        return str(error)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        return f"{Path(error.filename).relative_to(checkpoint)} is missing"
     except OSError as error:
-        return f"{error.filename}: {error.strerror}"
+        raise RunDirError(
+            f"{error.filename or checkpoint}: cannot be read ({error.strerror}): mend the drive or "
+            "folder and start again"
+        ) from error
     except (AttributeError, KeyError, TypeError):
         return f"{MANIFEST} is no list of files"
+    except ValueError:  # of JSON, and of bytes that are no text
+        return f"{MANIFEST} is not JSON"
     return None
 
 

@@ -18,6 +18,7 @@ import typer
 from finetune.cli_deploy import RunFolder, deploy_app, run_folder
 from finetune.cli_judge import judge_app
 from finetune.errors import FinetuneError, RecipeError
+from finetune.stopping import stop_means_resume_me
 
 SPEAKS_AFTER_SECONDS = 5
 
@@ -64,9 +65,11 @@ def train(
     """Train an adapter, judge it on held-out rows, write the run directory."""
     if resume and overwrite:
         raise RecipeError("--resume and --overwrite exclude each other; give one of them")
+    if not dry_run:
+        stop_means_resume_me()
     # `--resume auto`: a flag takes no value, and neither a setting nor a recipe is called so
     words = [recipe, *(overrides or ())]
-    auto = resume and "auto" in words[:2] + words[-1:]
+    auto = resume and "auto" in words
     recipe, *overrides = [each for each in words if not (auto and each == "auto")] or words
     # What can be told without torch is told before its import takes its seconds
     from finetune.recipe import load_recipe
@@ -85,18 +88,22 @@ def train(
             f"--processes {processes}: {num_processes} are running already, started by a launcher; "
             "leave it out"
         )
-    if not dry_run and not rank:
-        check_run_dir(loaded.output.dir, resume=resume, overwrite=overwrite)
     from finetune.launch import end_with_the_launcher, launch, num_nodes
 
+    if not processes and not dry_run and num_processes == 1 and num_nodes() > 1:
+        raise RecipeError(
+            f"PET_NNODES: each of {num_nodes()} machines would train a run of its own into one "
+            "folder; add --processes N"
+        )
+    if not dry_run and not rank:
+        check_run_dir(loaded.output.dir, resume=resume, overwrite=overwrite)
     if processes and processes * num_nodes() > num_processes:
         flags = {"--resume": resume, "--overwrite": overwrite}
         flags |= {"--dry-run": dry_run, "--worst-first": worst_first}
         given = [flag for flag, is_set in flags.items() if is_set]
         raise typer.Exit(launch(["train", recipe, *overrides, *given], processes))
+    end_with_the_launcher()  # before an import of seconds, in which it may be killed
     from finetune.train import train as run_train
-
-    end_with_the_launcher()
 
     command = shlex.join([recipe, *overrides])
     raise typer.Exit(

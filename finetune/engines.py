@@ -30,7 +30,9 @@ def launch_file(name: str) -> Path:
     return recipes_dir() / LAUNCH / f"{name}.yaml"
 
 
-def use_engine(recipe: Recipe, source: str, *, dry_run: bool = False) -> Recipe:
+def use_engine(
+    recipe: Recipe, source: str, *, resume: bool = False, dry_run: bool = False
+) -> Recipe:
     """Have accelerate train with what the recipe names, or a launcher has told; the recipe, with
     the name in it, for weights or optimizers in shares.
 
@@ -40,6 +42,8 @@ def use_engine(recipe: Recipe, source: str, *, dry_run: bool = False) -> Recipe:
     asked, told = recipe.training.distributed, engine()
     name = asked or told
     problems = [*_of_launcher(asked, told), *_of_this_machine(name, dry_run)]
+    if name == "zero2":
+        problems += _of_unpickling(recipe, resume)
     if name != "ddp" and not problems:
         training = recipe.training.model_copy(update={"distributed": name})
         recipe = recipe.model_copy(update={"training": training})
@@ -61,7 +65,7 @@ def has_devices() -> bool:
 
 def _of_launcher(asked: str | None, told: str) -> Iterator[str]:
     if told not in ENGINES:
-        yield f"training.distributed: the launcher asks for {told}; expected zero2 or zero3"
+        yield f"training.distributed: the launcher asks for {told}; expected zero2"
     elif asked and told not in (asked, "ddp"):
         yield (
             f"training.distributed: {asked}, and the launcher asks for {told}; leave one of both "
@@ -100,6 +104,24 @@ def _of_this_machine(name: str, dry_run: bool) -> Iterator[str]:
         yield (
             f"training.distributed: {name} runs on GPUs only, and this machine has none "
             "(accelerate would train with ddp in its place); leave it out"
+        )
+
+
+def _of_unpickling(recipe: Recipe, resume: bool) -> Iterator[str]:
+    """What has DeepSpeed load its checkpoints, which it does with `weights_only=False`.
+
+    Source: DeepSpeed 0.19.8, runtime/checkpoint_engine/torch_checkpoint_engine.py.
+    """
+    why = "DeepSpeed unpickles its checkpoints, which may run code; "
+    if resume:
+        yield (
+            f"training.distributed: zero2 has no --resume: {why}begin with --overwrite, or with "
+            "training.distributed: fsdp, which goes on"
+        )
+    if recipe.evaluation.load_best:
+        yield (
+            f"evaluation.load_best: is not for training.distributed: zero2: {why}set false, or "
+            "training.distributed: fsdp"
         )
 
 

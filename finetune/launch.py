@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from finetune.errors import RecipeError
+from finetune.stopping import RESUME_ME
 
 _PR_SET_PDEATHSIG = 1
-RESUME_ME = 75  # as in finetune.callbacks, which needs torch
 
 LAUNCHED = "FINETUNE_LAUNCHED"
-"""Set in the environment of the processes."""
+"""In the environment of the processes, the launcher's process id."""
 
 
 def launch(arguments: Sequence[str], num_processes: int) -> int:
@@ -22,10 +22,13 @@ def launch(arguments: Sequence[str], num_processes: int) -> int:
     exit code of the first that failed, which torchrun keeps to itself.
 
     Several machines find each other by torchrun's own variables: PET_NNODES, PET_RDZV_ENDPOINT and
-    PET_RDZV_ID. Signals go on to the processes, which end in good order by themselves.
+    PET_RDZV_ID. Signals go on to the processes, which end in good order by themselves. Raises
+    `RecipeError` where the machines do not find each other, or lose each other.
     """
     import torch
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     if not torch.cuda.is_available():
@@ -33,7 +36,12 @@ def launch(arguments: Sequence[str], num_processes: int) -> int:
         os.environ.setdefault(
             "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes))
         )
-    os.environ[LAUNCHED] = "1"
+    os.environ[LAUNCHED] = str(os.getpid())
+    endpoint = os.environ.get("PET_RDZV_ENDPOINT") or "localhost:0"
+    try:
+        parse_rendezvous_endpoint(endpoint, default_port=0)
+    except ValueError as error:
+        raise RecipeError(f"PET_RDZV_ENDPOINT: {error}") from error
     own_id = "finetune" if num_nodes() > 1 else str(os.getpid())
     config = LaunchConfig(
         min_nodes=num_nodes(),
@@ -41,7 +49,7 @@ def launch(arguments: Sequence[str], num_processes: int) -> int:
         nproc_per_node=num_processes,
         run_id=os.environ.get("PET_RDZV_ID") or own_id,
         rdzv_backend="c10d",
-        rdzv_endpoint=os.environ.get("PET_RDZV_ENDPOINT") or "localhost:0",
+        rdzv_endpoint=endpoint,
         max_restarts=0,
         signals_to_handle="SIGHUP,SIGQUIT",
     )
@@ -50,12 +58,34 @@ def launch(arguments: Sequence[str], num_processes: int) -> int:
         try:
             run("-m", "finetune", *arguments)
         except ChildFailedError as error:
-            code = error.get_first_failure()[1].exitcode
+            rank, failure = error.get_first_failure()
+            code = failure.exitcode
             if code >= 0:
                 return code
-            # a signal that came before a process knew what to do with it
-            return RESUME_ME if -code in told and -code != signal.SIGINT else 128 - code
+            if -code in told:  # before the process knew what to do with it
+                return RESUME_ME if -code != signal.SIGINT else 128 - code
+            name = failure.signal_name()
+            why = ", most often for want of memory" if -code == signal.SIGKILL else ""
+            print(
+                f"error: process {rank} was killed by {name}{why}; go on with --resume",
+                file=sys.stderr,
+            )
+            return 128 - code
+        except RendezvousError as error:
+            raise RecipeError(_why_not_met(error, endpoint)) from error
     return 0
+
+
+def _why_not_met(error: Exception, endpoint: str) -> str:
+    from torch.distributed.elastic.rendezvous import RendezvousTimeoutError
+
+    never_came = isinstance(error, RendezvousTimeoutError)
+    reason = "not all came in time" if never_came else str(error) or type(error).__name__
+    return (
+        f"PET_RDZV_ENDPOINT: the {num_nodes()} machines of PET_NNODES have not met at {endpoint}, "
+        f"or have lost each other ({reason}); start the same command on each, with the address of "
+        "one of them and a port that the others reach; a run that had begun goes on with --resume"
+    )
 
 
 def num_nodes() -> int:
@@ -75,11 +105,15 @@ def num_nodes() -> int:
 
 
 def end_with_the_launcher() -> None:
-    """Have this process told to stop (SIGTERM) when the launcher that started it is killed: nobody
-    could stop it otherwise, and a second run would write beside it. On Linux alone.
+    """Have this process told to stop (SIGTERM) when the launcher that started it is killed, or
+    at once where it has been: nobody could stop it otherwise, and a second run would write beside
+    it. On Linux alone.
     """
-    if os.environ.get(LAUNCHED) and sys.platform == "linux":
+    launcher = os.environ.get(LAUNCHED)
+    if launcher and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != int(launcher):
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextmanager

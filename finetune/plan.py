@@ -166,6 +166,12 @@ def _verdict(result: PlanResult) -> Iterator[str]:
         yield cache.in_words(_in_flops(cache.flops_saved))
     if plan.is_streamed:
         yield "planned from the first rows of a stream; heavier ones may come"
+    if plan.shares_left_out:
+        yield (
+            f"training.distributed: {plan.shares_left_out} is left out of account: these figures "
+            "are as with ddp, whole weights and optimizer on one card; docs/scale.md says how much "
+            "less it is in shares"
+        )
     if plan.device == "cuda":
         yield (
             f"the driver takes about {CUDA_CONTEXT_BYTES / 2**30:.1f} GiB beside it: "

@@ -151,6 +151,12 @@ class Plan:
     """None where there is nothing to keep, or rows are streamed."""
 
     @property
+    def shares_left_out(self) -> str | None:
+        """What trains in shares of weights or optimizer, which are counted whole here."""
+        name = self.recipe.training.distributed
+        return None if name == "ddp" else name
+
+    @property
     def rows_per_step(self) -> float:
         """On this device."""
         return round(self.rows_per_batch * self.recipe.training.gradient_accumulation, 1)
@@ -173,6 +179,7 @@ class Plan:
             "model": self.recipe.model.name,
             "device": self.device,
             "measured": False,
+            "shares_left_out": self.shares_left_out,
             "parameters": {
                 name: size for name, size in asdict(parameters).items() if name != "adapter_bytes"
             },

@@ -4,16 +4,25 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
+import yaml
 
 from finetune.errors import RecipeError, summarise_problems
-from finetune.metrics import PACKAGES
+from finetune.metrics import packages_needed
 from finetune.model.methods import mixes_dtypes
 from finetune.model.optimizer import package_of
 from finetune.packages import missing
 from finetune.recipe import Recipe
+
+_ACCELERATE = (
+    "accelerate",
+    "accelerate-launch",
+    "accelerate.commands.launch",  # python -m
+    "accelerate.commands.accelerate_cli",
+)
 
 
 def refuse_what_cannot_run(recipe: Recipe, source: str) -> None:
@@ -71,15 +80,27 @@ def refuse_a_lonely_launch() -> None:
 
 
 def _num_processes_asked(words: Sequence[str]) -> int:
-    """Of `accelerate launch`, by its command line; 1 where it was not asked, or is not there."""
-    if not any(Path(word).name in ("accelerate", "accelerate-launch") for word in words):
+    """Of `accelerate launch`, by its command line or the configuration that it names; 1 where it
+    was not asked, or is not there.
+    """
+    if not any(Path(word).name in _ACCELERATE for word in words):
         return 1
-    pairs = [word.partition("=")[::2] for word in words]
-    for number, (name, value) in enumerate(pairs):
-        if name in ("--num_processes", "--num-processes"):
-            text = value or (words[number + 1] if number + 1 < len(words) else "")
-            return int(text) if text.isdigit() else 1
-    return 1
+    asked: Any = _value_of("num_processes", words)
+    file = _value_of("config_file", words)
+    if asked is None and file:
+        with suppress(OSError, ValueError, yaml.YAMLError):
+            settings = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+            asked = settings.get("num_processes") if isinstance(settings, dict) else None
+    text = str(asked)
+    return int(text) if text.isdecimal() else 1
+
+
+def _value_of(option: str, words: Sequence[str]) -> str | None:
+    for number, word in enumerate(words):
+        name, is_given, value = word.partition("=")
+        if name.replace("-", "_") == f"__{option}":
+            return value if is_given else "".join(words[number + 1 : number + 2])
+    return None
 
 
 def _packages(recipe: Recipe) -> dict[str, str]:
@@ -93,11 +114,7 @@ def _packages(recipe: Recipe) -> dict[str, str]:
         needed[f"model.quantize: {recipe.model.quantize}"] = "bitsandbytes"
     if recipe.training.loss_kernel == "liger":
         needed["training.loss_kernel: liger"] = "liger_kernel"
-    needed |= {
-        f"evaluation.metrics: {name}": PACKAGES[name]
-        for name in recipe.evaluation.metrics
-        if name in PACKAGES
-    }
+    needed |= packages_needed(recipe.evaluation.metrics, "evaluation.metrics")
     if recipe.model.attention == "flash_attention_2":
         needed["model.attention: flash_attention_2"] = "flash_attn"
     return needed

@@ -1,14 +1,17 @@
 """The run directory: where each thing stands, and how it is written whole or not at all."""
 
+import errno
+import fcntl
 import json
 import os
 import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from finetune.errors import RunDirError
 
@@ -39,6 +42,7 @@ class RunDir:
         self.evaluations = self.path / "evaluations"
         self.summary = self.path / "summary.json"
         self.report = self.path / "report.html"
+        self.lock = self.path / ".lock"
 
     def is_run(self) -> bool:
         """Whether a run was begun here: a user's own folder may hold a recipe.yaml, too."""
@@ -59,7 +63,7 @@ class RunDir:
         known = {self._name_of(entry) for entry in self._entries()}
         return (
             bool(known)
-            and known <= {self.environment.name, self.recipe.name}
+            and known <= {self.environment.name, self.recipe.name, self.lock.name}
             and (not self.recipe.is_file())
         )
 
@@ -101,13 +105,18 @@ def check_run_dir(path: str | Path, *, resume: bool = False, overwrite: bool = F
 
 
 def create_run_dir(
-    path: str | Path, *, resume: bool = False, overwrite: bool = False, needed_bytes: int = 0
+    path: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    needed_bytes: int = 0,
+    lock: "RunLock | None" = None,
 ) -> RunDir:
     """The run directory, writable and with room: kept as it is with `resume`, emptied with
     `overwrite`, which happens last.
 
-    `needed_bytes` is what the run will write. Raises `RunDirError`, also for what `check_run_dir`
-    refuses, and leaves nothing new behind.
+    `needed_bytes` is what the run will write; its `lock` is taken before anything is emptied.
+    Raises `RunDirError`, also for what `check_run_dir` refuses, and leaves nothing new behind.
     """
     run = check_run_dir(path, resume=resume, overwrite=overwrite)
     was_there = run.path.is_dir()
@@ -117,12 +126,16 @@ def create_run_dir(
             probe.write(b"0")
             probe.flush()
         _check_free_space(run, needed_bytes)
+        if lock:
+            lock.take()
         emptied = run.path.iterdir() if overwrite and not resume else run.leftovers()
         for entry in emptied:
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            if entry != run.lock:  # this process may hold it
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     except OSError as error:
-        if not was_there and run.path.is_dir():
-            run.path.rmdir()
+        if not was_there:
+            with suppress(OSError):  # another run may be there by now
+                run.path.rmdir()
         if isinstance(error, RunDirError):
             raise
         raise RunDirError(
@@ -140,6 +153,55 @@ def _check_free_space(run: RunDir, needed_bytes: int) -> None:
             f"about {needed_bytes / 2**20:,.0f} MiB; make room, lower training.keep_checkpoints, "
             "or set output.dir to another disk"
         )
+
+
+class RunLock:
+    """Keeps a second `train` out of a run directory: a job that is queued again may start while the
+    one before is still saving.
+
+    The system's lock of a file, which ends with the process, whatever ends that. Not filelock's:
+    loading processes would inherit it, and hold it for some seconds after the run was killed. On a
+    disk that knows no locks there is none.
+    """
+
+    def __init__(self, run: RunDir):
+        self.run = run
+        self._file: IO[str] | None = None
+
+    def take(self) -> None:
+        """Hold it until the block ends. Raises `RunDirError`, with who holds it."""
+        if self._file:
+            return
+        try:
+            file = self.run.lock.open("a+", encoding="utf-8")
+        except OSError as error:
+            raise RunDirError(
+                f"{self.run.lock}: cannot be written ({error.strerror}); mend the folder"
+            ) from error
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return
+            raise RunDirError(
+                f"{self.run.path}: is being written by {holder}; wait until that has ended, or end "
+                "it"
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        self._file = file
+
+    def __enter__(self) -> "RunLock":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._file:
+            self._file.close()  # and the lock with it
+            self._file = None
 
 
 def open_run_dir(path: str | Path) -> RunDir:

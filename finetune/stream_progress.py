@@ -9,6 +9,7 @@ import torch
 from transformers import TrainerCallback
 
 from finetune.data.examination import Finding
+from finetune.data.patience import DriveError
 from finetune.data.streaming import ExampleStream, Position
 from finetune.errors import DataError, RunDirError
 from finetune.processes import any_of_all, is_first, lists_of_all, sum_of_all
@@ -32,8 +33,8 @@ class StreamProgress(TrainerCallback):
     ) -> list[dict[str, Any]]:
         """The batches of a step in this process.
 
-        Raises `DataError` in all processes where one of them cannot go on, which the others would
-        wait for.
+        Raises `DataError`, or `DriveError`, in all processes where one of them cannot go on, which
+        the others would wait for.
         """
         found: list[dict[str, Any]] = []
         fault = None
@@ -45,15 +46,16 @@ class StreamProgress(TrainerCallback):
                     f"data.train: the stream has no row for process {rank} of {num_ranks}; train "
                     "in fewer processes, or add rows"
                 )
-        except DataError as error:
+        except (DataError, DriveError) as error:
             fault = error
         findings = [finding for batch in found for finding in batch["stream"]["findings"]]
         if any_of_all(bool(fault or findings), device):
-            told = lists_of_all([(fault and str(fault), findings)])
+            told = lists_of_all([(fault and (type(fault), str(fault)), findings)])
             if is_first():
                 self.on_findings([finding for _, each in told for finding in each])
-            if faults := [words for words, _ in told if words]:
-                raise DataError(faults[0]) from fault
+            if faults := [each for each, _ in told if each]:
+                kind, words = faults[0]
+                raise kind(words) from fault
         return found
 
     def take_note(self, told: dict[str, Any], num_trained: int) -> None:

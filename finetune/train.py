@@ -1,19 +1,20 @@
 """`finetune train`: a recipe becomes a run directory."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from transformers import set_seed
 
 from finetune.callbacks import StopOnSignal
-from finetune.checkpoints import drop_newer, last_whole
+from finetune.checkpoints import last_whole, move_newer_aside
 from finetune.data.sampling import was_worst_first
 from finetune.data_summary import data_summary
 from finetune.engines import use_engine
 from finetune.environment import environment, peak_memory_gib
-from finetune.errors import RecipeError
+from finetune.errors import RecipeError, RunDirError
 from finetune.judging import Judgement, judge
 from finetune.model import pissa
 from finetune.model.adapters import count_parameters
@@ -31,19 +32,32 @@ from finetune.preparation import (
     cache_of,
     write_lists,
 )
-from finetune.processes import engine, first_before_others, is_first, process, wait_for_all
+from finetune.processes import (
+    engine,
+    first_before_others,
+    is_first,
+    lists_of_all,
+    process,
+    wait_for_all,
+)
 from finetune.recipe import Recipe, dump_recipe, recipe_warnings
 from finetune.report import write_report
 from finetune.requirements import refuse_what_cannot_run
 from finetune.resuming import (
+    Share,
+    and_now,
     best_checkpoint,
     best_step,
     is_finished,
     other_processes,
+    owes_evaluation,
     refuse_another_run,
+    refuse_other_processes,
+    shares_of,
 )
 from finetune.rundir import (
     RunDir,
+    RunLock,
     check_run_dir,
     create_run_dir,
     read_jsonl,
@@ -59,7 +73,14 @@ from finetune.tables import (
     print_summary,
     results_console,
 )
-from finetune.training import Prepared, answer_figures, epoch_batches, prepare, run_trainer
+from finetune.training import (
+    Prepared,
+    answer_figures,
+    epoch_batches,
+    prepare,
+    rows_of_steps,
+    run_trainer,
+)
 
 
 def train(
@@ -81,7 +102,7 @@ def train(
     and messages, `results` the table.
     Raises `FinetuneError` for what the user can mend, before anything is written.
     """
-    recipe = use_engine(recipe, source, dry_run=dry_run)
+    recipe = use_engine(recipe, source, resume=resume, dry_run=dry_run)
     console = (console or messages_console()) if is_first() else Console(quiet=True)
     results = (results or results_console()) if is_first() else Console(quiet=True)
     quiet_libraries()
@@ -93,9 +114,12 @@ def train(
             f"{source}: --worst-first needs to know all rows before training, and streamed ones "
             "come later; leave it out, or data.train.0.streaming"
         )
+    is_there = False
     if not dry_run and is_first():
-        check_run_dir(recipe.output.dir, resume=resume, overwrite=overwrite)
-    with StopOnSignal(console) as stop:
+        is_there = check_run_dir(recipe.output.dir, resume=resume, overwrite=overwrite).is_run()
+    with RunLock(RunDir(recipe.output.dir)) as lock, StopOnSignal(console) as stop:
+        if is_there:
+            lock.take()
         with first_before_others():
             prepared = prepare(recipe, console)
         recipe = prepared.recipe
@@ -109,12 +133,11 @@ def train(
                 )
             return 0
         if resume:
-            refuse_another_run(recipe, prepared.digest(), RunDir(recipe.output.dir))
             worst_first = was_worst_first(RunDir(recipe.output.dir), asked=worst_first)
-            for warning in other_processes(RunDir(recipe.output.dir), process()[1]):
-                console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
         prepared = replace(prepared, worst_first=worst_first)
-        done = _train_and_save(prepared, resume, overwrite, stop, console)
+        if resume:
+            _check_it_may_go_on(prepared, console)
+        done = _train_and_save(prepared, resume, overwrite, lock, stop, console)
         if stop.exit_code is not None:
             console.print(
                 f"stopped at step {done.stopped_at}; go on with: finetune train {source} --resume"
@@ -127,6 +150,23 @@ def train(
             return stop.exit_code
         _judge_and_report(prepared, done, console, results)
     return 0
+
+
+def _check_it_may_go_on(prepared: Prepared, console: Console) -> None:
+    """Raise `RunDirError` where the recipe, the rows or the number of processes do not let a run go
+    on; warn where it will not be as one that was not broken off.
+    """
+    recipe, run, num_processes = prepared.recipe, RunDir(prepared.recipe.output.dir), process()[1]
+    before, now = shares_of(run), Share.of(recipe, num_processes)
+    same_number = same_rows = True
+    if {share.num_processes for share in before} != {num_processes}:
+        shared_out = [rows_of_steps(prepared, share) for share in (before[0], now)]
+        same_number = len(shared_out[0]) == len(shared_out[1])
+        same_rows = shared_out[0] == shared_out[1]
+    refuse_other_processes(recipe, run, num_processes, same_number_of_steps=same_number)
+    refuse_another_run(recipe, prepared.digest(), run, num_processes)
+    for warning in other_processes(recipe, run, num_processes, same_rows=same_rows):
+        console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
 
 
 @dataclass(frozen=True)
@@ -147,20 +187,26 @@ class Trained:
 
 
 def _train_and_save(
-    prepared: Prepared, resume: bool, overwrite: bool, stop: StopOnSignal, console: Console
+    prepared: Prepared,
+    resume: bool,
+    overwrite: bool,
+    lock: RunLock,
+    stop: StopOnSignal,
+    console: Console,
 ) -> Trained:
     """Load the model, make the run directory, train and save.
 
     The model is let go of where it is not what is judged: two large ones may not fit.
     """
     recipe, encoder = prepared.recipe, prepared.encoder
+    checkpoint = _choose_checkpoint(RunDir(recipe.output.dir), console) if resume else None
     console.print(f"loading {recipe.model.name}", soft_wrap=True)
     set_seed(recipe.training.seed)  # the adapter's first weights are random
     so_far = RunDir(recipe.output.dir)
     pissa_file, is_pissa = pissa_start(so_far), recipe.adapter.method == "pissa"
     go_on_from = None
     # a checkpoint is of use with its own start alone, so one whose start is lost is refused
-    if is_pissa and resume and (pissa_file.is_file() or last_whole(so_far.checkpoints)):
+    if is_pissa and resume and (pissa_file.is_file() or checkpoint):
         go_on_from = pissa_file
     model, _ = load_trainable(recipe, encoder.processor, go_on_from=go_on_from)
     stage_to_keep(model, recipe)  # refuses a cache of what changes, before there is a run
@@ -171,6 +217,7 @@ def _train_and_save(
             resume=resume,
             overwrite=overwrite,
             needed_bytes=_bytes_on_disk(model, recipe),
+            lock=lock,
         )
         _begin(prepared, run, resume)
         if is_pissa and not go_on_from:
@@ -180,7 +227,7 @@ def _train_and_save(
     console.print(f"training {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
     done = Trained(run, trainable, total)
     if trainable:
-        done = _train(prepared, model, done, resume, stop, console)
+        done = _train(prepared, model, done, checkpoint, stop, console)
     if stop.exit_code is not None:
         return done
     in_shares = engine() != "ddp" and trainable > 0
@@ -198,10 +245,13 @@ def _train_and_save(
 
 def _begin(prepared: Prepared, run: RunDir, resume: bool) -> None:
     """Write what is known before the first step."""
+    share = Share.of(prepared.recipe, process()[1])
+    shares = and_now(shares_of(run) if resume else [], share)
     begun_with = {
         "rows_sha256": prepared.digest(),
         "worst_first": prepared.worst_first,
-        "num_processes": process()[1],
+        "num_processes": share.num_processes,
+        "shares": [asdict(each) for each in shares],
     }
     write_json(run.environment, environment() | begun_with)
     # after the environment: with both a run has begun
@@ -211,31 +261,49 @@ def _begin(prepared: Prepared, run: RunDir, resume: bool) -> None:
         write_lists(run.path, prepared.examinations())
 
 
+def _choose_checkpoint(run: RunDir, console: Console) -> Path | None:
+    """The one to go on from, as the first process finds it: another might find another. Damaged
+    ones after it are moved aside.
+
+    Raises `RunDirError` in all processes where one cannot be read.
+    """
+    checkpoint, fault, damages = None, None, []
+    if is_first():
+        try:
+            checkpoint = last_whole(run.checkpoints, damages.append)
+            move_newer_aside(run.checkpoints, checkpoint)
+        except OSError as error:
+            fault = str(error)
+    told = lists_of_all([checkpoint, fault] if is_first() else [])
+    checkpoint, fault = told
+    if fault:
+        raise RunDirError(fault)
+    for damage in damages:
+        console.print(f"warning: {damage}", style="yellow", soft_wrap=True)
+    if checkpoint:
+        chosen = f"resuming from {checkpoint}"
+    elif damages:
+        num = len(damages)
+        which = f"all {num} checkpoints are" if num > 1 else "the only checkpoint is"
+        chosen = f"{which} damaged: starting over"
+    else:
+        chosen = "no checkpoint yet: starting over"
+    console.print(chosen, soft_wrap=True)
+    return checkpoint
+
+
 def _train(
     prepared: Prepared,
     model: Any,
     done: Trained,
-    resume: bool,
+    checkpoint: Path | None,
     stop: StopOnSignal,
     console: Console,
 ) -> Trained:
     """Take the steps, or those that are left after a checkpoint."""
-    checkpoint = None
-    if resume:
-        checkpoint = last_whole(
-            done.run.checkpoints,
-            lambda damage: console.print(f"warning: {damage}", style="yellow", soft_wrap=True),
-        )
-        wait_for_all()
-        if is_first():
-            drop_newer(done.run.checkpoints, checkpoint)
-    if resume:
-        console.print(
-            f"resuming from {checkpoint}" if checkpoint else "no checkpoint yet: starting over",
-            soft_wrap=True,
-        )
     evaluation = prepared.recipe.evaluation
-    if checkpoint and is_finished(checkpoint, evaluation):
+    owes = bool(checkpoint and prepared.held_out and owes_evaluation(checkpoint, evaluation))
+    if checkpoint and is_finished(checkpoint, evaluation) and not owes:
         # Trained to the end and killed afterwards: the trainer would take one step too many
         load_checkpoint(model, best_checkpoint(checkpoint) if evaluation.load_best else checkpoint)
         model.to(best_device())
@@ -243,10 +311,12 @@ def _train(
         step = best_step(checkpoint) if evaluation.load_best else None
         return replace(done, num_streamed=streamed, best_step=step)
     cache = cache_of(prepared.recipe.output.dir)
-    figures = answer_figures(prepared, model)
+    figures = answer_figures(prepared, model, stop)
     with keeping_features(model, prepared.encoder, prepared.recipe, cache, console) as encoder:
         prepared = replace(prepared, encoder=encoder)
-        trainer = run_trainer(prepared, model, done.run, checkpoint, stop, console, figures)
+        trainer = run_trainer(
+            prepared, model, done.run, checkpoint, stop, console, figures, owes_evaluation=owes
+        )
     state = trainer.state
     return replace(
         done,

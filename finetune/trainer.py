@@ -1,33 +1,27 @@
 """TRL's `SFTTrainer` on our batches: only what changes, each with its reason."""
 
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from safetensors import SafetensorError
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import rotate_checkpoints, seed_worker
+from transformers.trainer_utils import seed_worker
 from trl.trainer.sft_config import SFTConfig
-from trl.trainer.sft_trainer import SFTTrainer
 
 from finetune.bad_steps import BadSteps
-from finetune.checkpoints import ASIDE, settle
 from finetune.data.collate import IGNORED_LABEL, BatchRow, Collator
 from finetune.data.examination import Finding
 from finetune.data.packed_views import PackedViews
 from finetune.data.sampling import EpochBatches
 from finetune.data.sequences import Layout
 from finetune.data.streaming import ExampleStream, StreamCollator
-from finetune.errors import ModelError, RunDirError
+from finetune.errors import ModelError
 from finetune.model.adapters import (
     base_of,
     part_of_weight,
@@ -36,24 +30,24 @@ from finetune.model.adapters import (
 from finetune.model.compiling import compiled_layers
 from finetune.model.lora import add_in_place
 from finetune.model.loss import choose_loss_kernel, learn_from_labels, num_learnt
-from finetune.model.methods import load_checkpoint
 from finetune.model.optimizer import (
     has_several_rates,
     parameter_groups,
     projected_modules,
 )
-from finetune.model.sharding import layers_to_shard, whole_weights
+from finetune.model.sharding import layers_to_shard
 from finetune.model.vision_cache import WaitForFeatures
 from finetune.out_of_memory import Halving, out_of_memory, told_apart
 from finetune.processes import any_of_all
 from finetune.recipe import Recipe
 from finetune.row_numbers import held_out_rows, tell_epoch_to_resumed, trained_rows
+from finetune.saving import SavingTrainer
 from finetune.stream_progress import StreamProgress
 
 FIGURES_A_PASS = ("entropy", "mean_token_accuracy")
 
 
-class VisionSFTTrainer(SFTTrainer):
+class VisionSFTTrainer(SavingTrainer):
     """Trains an instantiated, adapted model on the rows of a `Collator`, known to it by their
     numbers.
     """
@@ -101,7 +95,6 @@ class VisionSFTTrainer(SFTTrainer):
         self.recipe = recipe
         self.rates: dict[str, float] = {}
         self.step_saw = False
-        self._rng_checkpoint: Path | None = None
         self.answer_figures = answer_figures
         self._held_out = torch.zeros(2)  # loss, summed, and learnt tokens
         base = base_of(model)
@@ -206,12 +199,6 @@ class VisionSFTTrainer(SFTTrainer):
                     figures.pop(name, None)
         super().log(logs, *args, **kwargs)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Ours: the stock one takes a whole model's file as it is, in the Hub's layout, and passes
-        over the names that do not fit.
-        """
-        load_checkpoint(model or self.model, Path(resume_from_checkpoint))
-
     def get_train_dataloader(self) -> DataLoader:
         """Our batches, shared out over processes by accelerate; of a stream, a loader that it
         leaves alone: each process has its own rows already.
@@ -244,71 +231,6 @@ class VisionSFTTrainer(SFTTrainer):
         tell_epoch_to_resumed(loader, self.batches)
         return loader
 
-    def go_on_from(self, checkpoint: Path) -> None:
-        """Know again what is no part of the stock trainer's state at a checkpoint."""
-        if self.bad_steps:
-            self.bad_steps.go_on(checkpoint)
-        if self.progress:
-            self.progress.go_on(checkpoint, max(self.args.dataloader_num_workers, 1))
-            self._rng_checkpoint = checkpoint
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """The stock one, written aside and renamed when it is whole, with what a stream needs to go
-        on; older ones are deleted after that.
-
-        Raises `RunDirError` where it cannot be written; those before it stand.
-        """
-        self.settle()
-        run, name = Path(str(self.args.output_dir)), f"checkpoint-{self.state.global_step}"
-        aside, is_first = run / ASIDE, self.is_world_process_zero()
-        if is_first:
-            shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
-        self.accelerator.wait_for_everyone()
-        limit = self.args.save_total_limit
-        try:
-            self.args.output_dir, self.args.save_total_limit = str(aside), None
-            (aside / name).mkdir(parents=True, exist_ok=True)
-            if self.progress:
-                self.progress.write(aside / name)
-            if self.bad_steps and is_first:
-                self.bad_steps.write(aside / name)
-            super()._save_checkpoint(*args, **kwargs)
-            self.accelerator.wait_for_everyone()
-            self._know_the_best(run)
-            if is_first:
-                self.state.save_to_json(str(aside / name / TRAINER_STATE_NAME))
-                settle(aside / name, run / name)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
-                raise  # not of torch.save's, which words a full disk so
-            shutil.rmtree(aside, ignore_errors=True)
-            raise RunDirError(
-                f"{run / name}: cannot be written ({error}); the checkpoints before it stand: make "
-                "room or mend the folder, and go on with --resume"
-            ) from error
-        finally:
-            self.args.output_dir, self.args.save_total_limit = str(run), limit
-        if is_first:
-            rotate_checkpoints(str(run), limit, self.state.best_model_checkpoint)
-        self.accelerator.wait_for_everyone()
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The stock one; in shares it would gather the frozen weights, too, and of DeepSpeed the
-        rounded ones.
-        """
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            super().save_model(output_dir, _internal_call)
-            return
-        assert isinstance(self.model, torch.nn.Module)
-        self._save(output_dir, state_dict=whole_weights(self.model))
-
-    def _know_the_best(self, run: Path) -> None:
-        """Where the best checkpoint will be, which the stock method has looked for aside."""
-        step = self.state.best_global_step
-        best = run / f"checkpoint-{step}"
-        if step and (step == self.state.global_step or best.is_dir()):
-            self.state.best_model_checkpoint = str(best)
-
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's; under `training.compile` with compiled layers, for as long as it lasts."""
         if not (self.recipe and self.recipe.training.compile):
@@ -317,11 +239,6 @@ class VisionSFTTrainer(SFTTrainer):
         base = base_of(model)
         with compiled_layers(base, self.data_collator.encoder.family):  # type: ignore[union-attr]
             return super().train(*args, **kwargs)
-
-    def settle(self) -> None:
-        """Bring the weights to where they are meant: schedule-free optimizers train beside it."""
-        if self.optimizer and callable(bring := getattr(self.optimizer, "eval", None)):
-            bring()
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -509,27 +426,16 @@ class VisionSFTTrainer(SFTTrainer):
         output.metrics.update({f"{metric_key_prefix}_{name}": each for name, each in found.items()})
         return output
 
-    def _load_best_model(self) -> None:
-        """Ours, as for a resumed run; with DeepSpeed the stock one, which brings the optimizer's
-        weights as well.
-        """
-        if self.is_deepspeed_enabled:
-            super()._load_best_model()
-            return
-        assert self.state.best_model_checkpoint
-        load_checkpoint(self.model, Path(self.state.best_model_checkpoint))
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: TRL would write an empty card beside every checkpoint; `push` makes one that
-        says something.
-        """
-
 
 class BeforeTheOptimizer(TrainerCallback):
-    """What the trainer does with the gradients that it has."""
+    """What the trainer does before its steps, and with the gradients that it has."""
 
     def __init__(self, trainer: VisionSFTTrainer):
         self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After all others, which an evaluation needs as they are then."""
+        self.trainer.evaluate_as_owed()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After the last pass of a step."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,9 @@ from finetune.data.sampling import Batching, EpochBatches, EpochSampler
 from finetune.data.sources import Rows, StreamSource
 from finetune.data.streaming import ExampleStream
 from finetune.errors import DataError, ModelError
-from finetune.findings import FindingsLists
 from finetune.fitting import ways_to_fit
 from finetune.metrics import measure
+from finetune.model.adapters import base_of
 from finetune.out_of_memory import OutOfMemoryError
 from finetune.planning import Planner
 from finetune.preparation import (
@@ -45,8 +45,11 @@ from finetune.preparation import (
 from finetune.preview_page import PreviewRow, write_preview
 from finetune.processes import process
 from finetune.recipe import Recipe
+from finetune.resuming import Share
 from finetune.rundir import RunDir
+from finetune.saving import StepsAreOverError
 from finetune.sides import Side
+from finetune.stream_lists import StreamLists
 from finetune.trainer import VisionSFTTrainer
 
 
@@ -108,8 +111,12 @@ def run_trainer(
     stop: StopOnSignal,
     console: Console,
     figures: Callable[[], dict[str, float]] | None,
+    owes_evaluation: bool = False,
 ) -> VisionSFTTrainer:
-    """Train; the trainer, whose step falls short of its last one where a signal stopped it."""
+    """Train; the trainer, whose step falls short of its last one where a signal stopped it.
+
+    With `owes_evaluation` that of the checkpoint's step is made before.
+    """
     metrics, display = MetricsFile(run), ProgressDisplay(console)
     rows = prepared.train.rows if prepared.train else Rows((), np.zeros(0, np.int64))
     both = rows
@@ -131,7 +138,7 @@ def run_trainer(
         batches,
         num_train_rows=len(rows),
         stream=_stream(prepared) if prepared.streams else None,
-        on_findings=FindingsLists(run).add,
+        on_findings=StreamLists(run).add,
         recipe=prepared.recipe,
         answer_figures=figures,
         callbacks=[
@@ -148,10 +155,12 @@ def run_trainer(
         ),
     )
     if checkpoint:
-        trainer.go_on_from(checkpoint)
+        trainer.go_on_from(checkpoint, owes_evaluation=owes_evaluation)
     metrics.trainer = trainer
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except StepsAreOverError:
+        trainer.end_without_steps()
     except OutOfMemoryError as error:
         raise ModelError(f"{error}. {_what_helps(prepared.recipe, console)}") from error
     except torch.OutOfMemoryError as error:
@@ -219,8 +228,12 @@ def _what_helps(recipe: Recipe, console: Console) -> str:
     return f"By finetune plan, start again with one of these: {found}.{split}"
 
 
-def answer_figures(prepared: Prepared, model: Any) -> Callable[[], dict[str, float]] | None:
-    """What gives the metrics of the model's answers to some held-out rows, as it is by then."""
+def answer_figures(
+    prepared: Prepared, model: Any, stop: StopOnSignal
+) -> Callable[[], dict[str, float]] | None:
+    """What gives the metrics of the model's answers to some held-out rows, as it is by then; when a
+    signal has come it may raise `LeftEvaluationError`.
+    """
     settings = prepared.recipe.evaluation
     if not prepared.held_out or not settings.rows_in_training:
         return None
@@ -229,7 +242,7 @@ def answer_figures(prepared: Prepared, model: Any) -> Callable[[], dict[str, flo
 
     def figures() -> dict[str, float]:
         # compiled layers would be compiled again for every length of an answer
-        with torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager"), stop.answering(base_of(model)):
             answers = ask_rows(side, asked, settings, Console(quiet=True), "adapter")
         references = [list(row.conversation.references()) for row in asked.rows]
         texts = [answer.text for answer in answers]
@@ -245,6 +258,25 @@ def epoch_batches(prepared: Prepared) -> EpochBatches:
     sampler = EpochSampler(train.spans() if train else [], recipe.training.seed)
     sizes = row_sizes(recipe, prepared.encoder, train) if train else None
     return EpochBatches(sampler, batching, sizes)
+
+
+def rows_of_steps(prepared: Prepared, share: Share) -> list[set[int]]:
+    """Of the first epoch, shared out so; none where rows are streamed."""
+    if not prepared.train:
+        return []
+    batches = epoch_batches(prepared)
+    batching = replace(
+        batches.batching,
+        limits=replace(batches.batching.limits, rows=share.batch_size),
+        accumulation=share.gradient_accumulation,
+        num_processes=share.num_processes,
+    )
+    batches = EpochBatches(batches.sampler, batching, batches.sizes)
+    found, a_step = batches.of_epoch(0), share.gradient_accumulation * share.num_processes
+    return [
+        {row for batch in found[start : start + a_step] for row in batch} - {batches.idle_row}
+        for start in range(0, len(found), a_step)
+    ]
 
 
 def _stream(prepared: Prepared) -> ExampleStream:

@@ -50,9 +50,9 @@ class Run:
         self.ends_at = time.monotonic() + seconds
         self.began = time.monotonic()
         self.num_asked = inputs
-        self.num_inputs = self.num_read = 0
+        self.num_inputs = self.num_read = self.num_refused = 0
         self.slowest_seconds = 0.0
-        self.faults: dict[str, str] = {}
+        self.faults: dict[str, dict[str, str]] = {}
 
     def one(self, data: bytes) -> None:
         """Try an input; ends the process once there were enough."""
@@ -61,7 +61,9 @@ class Run:
         began = time.monotonic()
         signal.setitimer(signal.ITIMER_REAL, SECONDS_PER_INPUT)
         try:
-            self.num_read += self.target.attempt(data)
+            is_read = self.target.attempt(data)
+            self.num_read += is_read
+            self.num_refused += not is_read
         except TooSlowError as error:
             self._note(f"took longer than {SECONDS_PER_INPUT} s", error, data)
         except Exception as error:
@@ -83,18 +85,18 @@ class Run:
         ours = [frame for frame in frames if Path(frame.filename).is_relative_to(ROOT)]
         ours = [each for each in ours if ".venv" not in each.filename and each.filename != __file__]
         place = f"{Path(ours[-1].filename).relative_to(ROOT)}:{ours[-1].lineno}" if ours else ""
-        name = f"{what} at {place}: {str(error)[:200]}"
         key = f"{what} at {place}"
-        if not any(known.startswith(key) for known in self.faults):
+        if key not in self.faults:
             file = self.work / f"fault-{len(self.faults) + 1}"
             file.write_bytes(data)
-            self.faults[name] = file.name
+            self.faults[key] = {"message": str(error)[:200], "input": str(file)}
 
     def write(self) -> None:
         """What is known by now, for who started this process."""
         result = {
             "inputs": self.num_inputs,
             "read": self.num_read,
+            "refused": self.num_refused,
             "seconds": time.monotonic() - self.began,
             "slowest_seconds": self.slowest_seconds,
             "peak_memory_mib": memory_mib(),
@@ -172,7 +174,7 @@ def fuzz(name: str, engine: str, work: Path, *, seconds: float, inputs: int, see
 
 def in_own_process(name: str, engine: str, work: Path, args: argparse.Namespace) -> dict[str, Any]:
     """What a process of its own found; where it crashed, that is a fault, and another goes on."""
-    total: dict[str, Any] = {"inputs": 0, "read": 0, "seconds": 0.0, "faults": {}}
+    total: dict[str, Any] = {"inputs": 0, "read": 0, "refused": 0, "seconds": 0.0, "faults": {}}
     total |= {"slowest_seconds": 0.0, "peak_memory_mib": 0.0}
     for attempt in range(5):
         left, place = args.inputs - total["inputs"], work / f"{name}-{attempt}"
@@ -203,17 +205,18 @@ def in_own_process(name: str, engine: str, work: Path, args: argparse.Namespace)
                 code = None
         file = place / "result.json"
         found = json.loads(file.read_text()) if file.is_file() else {}
-        for key in ("inputs", "read", "seconds"):
+        for key in ("inputs", "read", "refused", "seconds"):
             total[key] += found.get(key, 0)
         for key in ("slowest_seconds", "peak_memory_mib"):
             total[key] = max(total[key], found.get(key, 0))
-        total["faults"] |= {
-            fault: str(place / kept) for fault, kept in found.get("faults", {}).items()
-        }
+        total["faults"] = found.get("faults", {}) | total["faults"]
         if code == 0:
             break
         ended = "did not end" if code is None else f"ended with {code}"
-        total["faults"][f"the process {ended} (see {place / 'said'})"] = str(place / "current")
+        total["faults"][f"the process {ended}"] = {
+            "message": f"see {place / 'said'}",
+            "input": str(place / "current"),
+        }
         if not found:
             total["seconds"] += 30  # or it would crash for ever
     return total
@@ -228,13 +231,12 @@ def page_lines(results: dict[str, dict[str, Any]], engine: str) -> list[str]:
     head = ("what", "inputs", "read", "refused with a message", "slowest", "peak memory", "faults")
     lines = table(*head)
     for name, found in results.items():
-        refused = found["inputs"] - found["read"] - len(found["faults"])
         lines.append(
             row(
                 TARGETS[name].title,
                 f"{found['inputs']:,}",
                 f"{found['read']:,}",
-                f"{refused:,}",
+                f"{found['refused']:,}",
                 f"{found['slowest_seconds']:.1f} s",
                 f"{found['peak_memory_mib']:,.0f} MiB",
                 len(found["faults"]),
@@ -268,13 +270,15 @@ def main() -> int:
     results = {}
     for name in [args.target] if args.target else TARGETS:
         found = results[name] = in_own_process(name, args.engine, work, args)
+        num_faulty = found["inputs"] - found["read"] - found["refused"]
         print(
             f"{name}: {found['inputs']:,} inputs in {found['seconds']:.0f} s, {found['read']:,} "
-            f"read, {len(found['faults'])} faults; slowest {found['slowest_seconds']:.2f} s",
+            f"read, {len(found['faults'])} faults, by {num_faulty:,} inputs; slowest "
+            f"{found['slowest_seconds']:.2f} s",
             flush=True,
         )
-        for fault, file in found["faults"].items():
-            print(f"  {fault}\n    {file}")
+        for fault, kept in found["faults"].items():
+            print(f"  {fault}: {kept['message']}\n    {kept['input']}")
     if args.out:
         from scripts.marked_page import fill
 

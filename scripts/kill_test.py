@@ -5,8 +5,9 @@
     python -m scripts.kill_test --kills 6                   # two of each kind
 
 Small runs of nano, of rows read beforehand, packed, and streamed. Each is killed (SIGKILL, loading
-processes and all) once at a random moment, some on purpose while a checkpoint is written or
-held-out rows are answered, and gone on with until it ends. Then the adapter's bytes, the log
+processes and all) once at a random moment, some on purpose while a checkpoint is written, while
+held-out rows are answered, or in an evaluation between steps, and gone on with until it ends. One
+that ended before it could be killed is begun again. Then the adapter's bytes, the log
 without its clock, and the answers must be those of the run that nobody killed. Exit code 1 where
 they are not.
 """
@@ -48,8 +49,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "packed": {"training.packing": True},
     "streamed": {"data.train.0.streaming": True},
 }
-AIMS = ("anywhere", "anywhere", "anywhere", "checkpoint", "evaluation")
-"""What is killed, turn by turn: any moment of a run, or one of a certain kind."""
+AIMS = ("checkpoint", "evaluation", "evaluation between steps", "anywhere", "anywhere")
+"""What is killed, turn by turn, of another kind each time: a moment of a certain kind, or any."""
+TRIES = 5
+"""Of a kill that may come too late."""
 
 
 @dataclass(frozen=True)
@@ -104,22 +107,30 @@ def kill_runs(folder: Path, num_kills: int, seed: int) -> Iterator[Kill]:
         unbroken[kind] = RunDir(recipe.output.dir)
     for number in range(num_kills):
         kind = list(KINDS)[number % len(KINDS)]
-        aim = AIMS[number // len(KINDS) % len(AIMS)]
+        aim = AIMS[number % len(AIMS)]
         recipe = recipe_of(kind, folder, "killed")
         run = RunDir(recipe.output.dir)
+        after = kill_one(recipe, run, aim, rng, seconds[kind])
+        moment, whole = moment_of(run), last_whole(run.checkpoints)
+        begun = run.is_run()
+        go_on = in_own_process(lambda r=recipe, b=begun: train(r, resume=b, **quiet()))
+        assert go_on() == 0, f"{kind}: did not go on"
+        from_ = whole.name if whole else "its beginning"
+        yield Kill(kind, after, moment, from_, difference(run, unbroken[kind]))
+
+
+def kill_one(recipe: Recipe, run: RunDir, aim: str, rng: random.Random, seconds: float) -> float:
+    """Begin a run and kill it; the seconds after which it was."""
+    for _ in range(TRIES):
         shutil.rmtree(run.path, ignore_errors=True)
         started = time.monotonic()
-        stop = in_own_process(lambda recipe=recipe: train(recipe, **quiet()))
-        wait_for(aim, run, rng, seconds[kind])
-        finished = stop(kill=True) is not None
-        after, moment = time.monotonic() - started, "after its end" if finished else moment_of(run)
-        whole = last_whole(run.checkpoints)
-        if not finished:
-            begun = run.is_run()
-            go_on = in_own_process(lambda r=recipe, b=begun: train(r, resume=b, **quiet()))
-            assert go_on() == 0, f"{kind}: did not go on"
-        from_ = whole.name if whole and not finished else "its beginning"
-        yield Kill(kind, after, moment, from_, difference(run, unbroken[kind]))
+        stop = in_own_process(lambda: train(recipe, **quiet()))
+        wait_for(aim, run, rng, seconds)
+        code = stop(kill=True)
+        if code is None:
+            return time.monotonic() - started
+        assert code == 0, f"{run.path}: ended with {code} before it was killed"
+    raise RuntimeError(f"{run.path}: had ended {TRIES} times before it was killed")
 
 
 def recipe_of(kind: str, folder: Path, name: str) -> Recipe:
@@ -176,12 +187,10 @@ def in_own_process(work: Callable[[], int]) -> Callable[..., int | None]:
 
     def end(kill: bool = False) -> int | None:
         if kill:
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                return os.waitstatus_to_exitcode(status)
             os.killpg(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
-        return None if kill else os.waitstatus_to_exitcode(status)
+        code = os.waitstatus_to_exitcode(status)
+        return None if kill and code == -signal.SIGKILL else code
 
     return end
 
@@ -199,6 +208,9 @@ def wait_for(aim: str, run: RunDir, rng: random.Random, seconds: float) -> None:
     while time.monotonic() < last and not run.summary.is_file():
         if aim == "evaluation" and run.partial.is_dir():
             time.sleep(rng.random() * 0.3)
+            return
+        if aim == "evaluation between steps" and evaluated_step(run):
+            time.sleep(rng.random() * 0.1)
             return
         if aim == "checkpoint" and any(
             int(path.name.rpartition("-")[2]) >= earliest
@@ -218,11 +230,17 @@ def moment_of(run: RunDir) -> str:
     lines = read_jsonl(run.metrics)
     if not lines:
         return "the run began"
-    step = max(line["step"] for line in lines)
-    asked = [line["step"] for line in lines if "eval_loss" in line]
-    if step % ASK_EVERY == 0 and step not in asked:
+    if step := evaluated_step(run):
         return f"step {step} was evaluated"
-    return f"steps went on after {step}"
+    return f"steps went on after {lines[-1]['step']}"
+
+
+def evaluated_step(run: RunDir) -> int | None:
+    """The one that is evaluated at the moment, by the log, which has its loss before."""
+    last = next(reversed(read_jsonl(run.metrics)), None)
+    if last is None or "eval_loss" in last or last["step"] % ASK_EVERY:
+        return None
+    return last["step"]
 
 
 def first_difference(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> str:

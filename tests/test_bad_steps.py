@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ from finetune.errors import DataError, ModelError, RecipeError
 from finetune.recipe import TrainingSection, load_recipe
 from finetune.rundir import RunDir
 from finetune.train import train
+from tests.commands import FINETUNE, run
 
 HERE = torch.device("cpu")
 
@@ -65,6 +63,28 @@ def test_a_spike_is_told_by_the_median_and_blamed_on_the_highest_pass(tmp_path: 
     assert "3.1 times the median of the 11 steps before" in line["why"]
     assert [row["where"] for row in line["rows"]] == ["a.jsonl:1"]
     assert list(bad_steps.losses)[-1] == pytest.approx(3.0)  # the spike is not remembered
+
+
+@pytest.mark.parametrize(
+    ("settings", "can_skip"),
+    [({}, True), ({"distributed": "fsdp"}, True), ({"distributed": "zero2"}, False)]
+    + [({"optimizer": name}, False) for name in ("lomo", "galore_adamw_layerwise")],
+)
+def test_what_is_advised_is_what_the_recipe_and_resume_allow(
+    settings: dict[str, Any], can_skip: bool, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError) as error:
+        a_step(watched(tmp_path, **settings), 1, math.nan)
+    going_on = "; go on with --resume and training.bad_loss=skip, or start again with these rows"
+    assert (going_on in str(error.value)) == can_skip
+    assert "start again with these rows mended, a lower training.learning_rate" in str(error.value)
+
+
+def test_a_step_left_out_is_told_without_advice(tmp_path: Path) -> None:
+    told: list[str] = []
+    bad_steps = BadSteps(TrainingSection(bad_loss="skip"), RunDir(tmp_path), tell=told.append)
+    assert not a_step(bad_steps, 1, math.nan)
+    assert told == ["left out step 1: the loss is nan, with a.jsonl:0 in the batch"]
 
 
 def test_nothing_is_a_spike_before_ten_steps_nor_without_a_factor(tmp_path: Path) -> None:
@@ -291,7 +311,7 @@ def test_a_run_that_stopped_at_a_bad_step_goes_on_with_skip(
 ) -> None:
     recipe = str(dataset(num_eval=0, training=settings(max_steps=4, save_steps=2)))
     poisoned(3)
-    with pytest.raises(ModelError, match="bad_loss: skip"):
+    with pytest.raises(ModelError, match=r"--resume and training\.bad_loss=skip"):
         train(load_recipe(recipe))
     poisoned(1)
     others = ["training.bad_loss=skip", "training.num_workers=1", "data.read_retries=1"]
@@ -316,13 +336,7 @@ def test_two_processes_stop_at_the_same_step_and_say_so_once(
 ) -> None:
     keys = {"learning_rate": 1e30, "warmup_ratio": 0, "max_steps": 20, "batch_size": 2}
     recipe = dataset(num_eval=0, training=keys)
-    done = subprocess.run(
-        [sys.executable, "-m", "finetune", "train", str(recipe), "--processes", "2"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    done = run(*FINETUNE, "train", str(recipe), "--processes", "2")
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("error: step ") == 1
     (line,) = lines(tmp_path / "run")

@@ -161,6 +161,33 @@ def test_a_fault_is_counted_and_kept_with_its_input(
     if told is None:
         assert (found["inputs"], found["read"], found["faults"]) == (20, 20, {})
         return
-    [(fault, file), *_] = found["faults"].items()
+    [(fault, kept), *_] = found["faults"].items()
     assert fault.startswith(told)
-    assert Path(file).read_bytes() == word
+    assert Path(kept["input"]).read_bytes() == word
+
+
+def test_a_fault_at_line_1_hides_none_at_line_12_and_its_repeats_are_no_refusals(
+    tmp_path: Path,
+) -> None:
+    code = {
+        word: compile("\n" * (int(word) - 1) + "raise KeyError", fuzz.ROOT / "odd.py", "exec")
+        for word in (b"1", b"12")
+    }
+
+    def attempt(data: bytes) -> bool:
+        if data in code:
+            exec(code[data])
+        return data == b"good"
+
+    target = Target("odd ones", attempt, lambda: iter([]), b"a b")
+    run = fuzz.Run(target, tmp_path, seconds=60, inputs=99)
+    for data in (b"12", b"1", b"12", b"1", b"12", b"good", b"bad"):
+        run.one(data)
+    run.write()
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert list(found["faults"]) == ["KeyError at odd.py:12", "KeyError at odd.py:1"]
+    kept = [Path(each["input"]).read_bytes() for each in found["faults"].values()]
+    assert kept == [b"12", b"1"]
+    line = fuzz.page_lines({"images": found}, "random")[2]
+    assert line.startswith("| pictures and pages of PDFs | 7 | 1 | 1 |")
+    assert line.endswith("| 2 |")

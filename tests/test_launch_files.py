@@ -10,24 +10,35 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from socket import socket
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous import (
+    RendezvousClosedError,
+    RendezvousConnectionError,
+    RendezvousTimeoutError,
+)
 from torch.distributed.fsdp import StateDictType
+from typer.testing import CliRunner
 
 from finetune import engines
+from finetune.cli import app
 from finetune.engines import ENGINES, environment_of, launch_file, use_engine
 from finetune.errors import RecipeError
-from finetune.launch import num_nodes
+from finetune.launch import launch, num_nodes
 from finetune.processes import engine
 from finetune.recipe import load_recipe, recipes_dir, shipped_recipes
+from finetune.requirements import refuse_a_lonely_launch
 from finetune.rundir import RunDir, read_json
-from tests.test_processes import FINETUNE, run
+from tests.commands import FINETUNE, run
 
 KINDS = {
     "ddp": DistributedType.MULTI_GPU,
@@ -77,11 +88,11 @@ def test_every_file_is_an_engine_s_and_none_is_a_recipe() -> None:
 @each_engine
 def test_the_file_opens_with_the_two_commands_that_do_the_same(name: str) -> None:
     text = launch_file(name).read_text(encoding="utf-8")
-    assert (
-        f"accelerate launch --config_file recipes/launch/{name}.yaml --num_processes 8 -m" in text
-    )
+    words = f"accelerate launch --config_file recipes/launch/{name}.yaml --num_processes 8"
+    dry = " --dry-run" if name == "zero3" else ""  # which is refused otherwise
+    assert f"{words} -m finetune train RECIPE{dry}\n" in text
     setting = "" if name == "ddp" else f"training.distributed={name} "
-    assert f"finetune train RECIPE {setting}--processes 8\n" in text
+    assert f"finetune train RECIPE {setting}--processes 8{dry}\n" in text
 
 
 @each_engine
@@ -180,6 +191,20 @@ def test_what_the_launcher_s_engine_cannot_do_is_refused(
         use_engine(recipe, "mine.yaml")
 
 
+def test_zero2_loads_no_checkpoint_since_deepspeed_would_unpickle_it(
+    dataset: Callable[..., Path], on_two_gpus: None
+) -> None:
+    path = dataset(evaluation={"rows_in_training": 0, "load_best": True})
+    zero2, fsdp = (
+        load_recipe(path, [f"training.distributed={name}"]) for name in ("zero2", "fsdp")
+    )
+    with pytest.raises(RecipeError, match="2 problems") as error:
+        use_engine(zero2, "mine.yaml", resume=True)
+    assert "zero2 has no --resume: DeepSpeed unpickles its checkpoints" in str(error.value)
+    assert "evaluation.load_best: is not for training.distributed: zero2" in str(error.value)
+    assert use_engine(fsdp, "mine.yaml", resume=True) == fsdp
+
+
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
@@ -228,7 +253,150 @@ def test_an_engine_is_tried_dry_or_says_what_is_missing(
         assert "dry run" in done.stdout
 
 
+# The launchers
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["python", "-m", "accelerate.commands.launch", "--num_processes", "3", "x"], "for 3 proc"),
+        (["/bin/accelerate", "launch", "--config_file", "CONFIG", "-m", "x"], "for 4 processes"),
+        (["/bin/accelerate", "launch", "--config-file=CONFIG", "-m", "x"], "for 4 processes"),
+        (["/bin/accelerate", "launch", "--config_file", "CONFIG", "--num_processes", "1"], None),
+        (["/bin/accelerate", "launch", "--config_file", "nowhere.yaml", "-m", "x"], None),
+        (["python", "-m", "another.launch", "--num_processes", "3"], None),
+    ],
+)
+def test_processes_asked_of_accelerate_by_module_or_file_are_missed_where_one_was_started(
+    words: list[str], told: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "own.yaml"
+    config.write_text("num_processes: 4\n")
+    parent = SimpleNamespace(cmdline=lambda: [w.replace("CONFIG", str(config)) for w in words])
+    monkeypatch.setattr("psutil.Process.parent", lambda self: parent)
+    if told is None:
+        refuse_a_lonely_launch()
+        return
+    with pytest.raises(RecipeError, match=told):
+        refuse_a_lonely_launch()
+
+
+@pytest.mark.parametrize("place", range(1, 5))
+def test_resume_auto_may_stand_anywhere(
+    place: int, dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr("finetune.launch.launch", lambda words, num: given.append(words) or 0)
+    words = ["train", str(dataset()), "adapter.rank=2", "training.max_steps=1"]
+    asked = [*words[:place], "--resume", "auto", *words[place:], "--processes", "2"]
+    done = CliRunner().invoke(app, asked)
+    assert done.exit_code == 0, done.exception
+    assert given == [words]  # no run is there, so that one is begun
+
+
+def failing(error: Exception) -> Callable[..., Any]:
+    """In place of torch's `elastic_launch`."""
+
+    def run(*_: str) -> None:
+        raise error
+
+    return lambda config, entrypoint: run
+
+
+def test_a_process_that_the_system_killed_is_told_with_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failures = {
+        0: ProcessFailure(0, 11, 1, ""),  # which lost the other
+        1: ProcessFailure(1, 12, -signal.SIGKILL, ""),
+    }
+    failures[1].timestamp -= 5
+    error = ChildFailedError("finetune", failures)
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", failing(error))
+    assert launch(["train"], 2) == 128 + signal.SIGKILL
+    told = capsys.readouterr().err
+    assert told.startswith("error: process 1 was killed by SIGKILL, most often for want of memory;")
+    assert "--resume" in told
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RendezvousConnectionError("it does not answer"), "it does not answer"),
+        (RendezvousTimeoutError(), "not all came in time"),
+        (RendezvousClosedError(), "RendezvousClosedError"),
+    ],
+)
+def test_machines_that_do_not_meet_are_told_where_they_should_have(
+    error: Exception, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PET_NNODES", "4")
+    monkeypatch.setenv("PET_RDZV_ENDPOINT", "node-1:29500")
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", failing(error))
+    with pytest.raises(RecipeError, match="PET_RDZV_ENDPOINT: the 4 machines") as found:
+        launch(["train"], 2)
+    assert "at node-1:29500" in str(found.value)
+    assert told in str(found.value)
+
+
+def test_an_address_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PET_RDZV_ENDPOINT", "node-1:abc")
+    with pytest.raises(RecipeError, match=r"PET_RDZV_ENDPOINT: The port number of .*'node-1:abc'"):
+        launch(["train"], 2)
+
+
+@pytest.mark.slow
+def test_processes_whose_launcher_is_killed_save_a_checkpoint_and_end(
+    dataset: Callable[..., Path], tmp_path: Path
+) -> None:
+    training = {"max_steps": 3000, "batch_size": 1, "logging_steps": 1, "save_steps": 1000}
+    recipe = dataset(num_eval=0, training=training)
+    launcher = subprocess.Popen(
+        [*FINETUNE, "train", str(recipe), "--processes", "2"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    metrics = RunDir(tmp_path / "run").metrics
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline and not (metrics.is_file() and metrics.stat().st_size):
+        time.sleep(0.1)
+    children = psutil.Process(launcher.pid).children()
+    assert len(children) == 2
+    launcher.kill()
+    launcher.wait()
+    _, left = psutil.wait_procs(children, timeout=90)
+    for child in left:
+        child.kill()
+    assert not left
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("checkpoint-*")
+    assert 0 < read_json(checkpoint / "trainer_state.json")["global_step"] < 3000
+
+
+def test_a_process_whose_launcher_was_gone_before_it_began_ends_at_once(
+    dataset: Callable[..., Path], tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        [*FINETUNE, "train", str(dataset())],
+        env=os.environ | {"FINETUNE_LAUNCHED": "1"},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode in (-signal.SIGTERM, 75)  # as a process ends before a run
+    assert not (tmp_path / "run").exists()
+
+
 # Several machines, and what docs/scale.md shows
+
+
+def test_a_machine_of_several_does_not_train_by_itself(
+    dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PET_NNODES", "4")
+    monkeypatch.setenv("PET_RDZV_ENDPOINT", "node-1:29500")
+    done = CliRunner().invoke(app, ["train", str(dataset())])
+    assert isinstance(done.exception, RecipeError)
+    assert "add --processes N" in str(done.exception)
 
 
 def test_machines_that_could_not_find_each_other_are_refused(

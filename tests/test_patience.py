@@ -1,6 +1,7 @@
 """Drives that fail for a while or stall, and loading processes that die."""
 
 import errno
+import io
 import os
 import signal
 import subprocess
@@ -12,11 +13,19 @@ from typing import Any
 
 import psutil
 import pytest
+from rich.console import Console
 
 from finetune.data import images
+from finetune.data.collate import Collator
+from finetune.data.containers import open_stream, streams
+from finetune.data.containers.files import FileStamp
+from finetune.data.containers.tar_shards import read_sample
 from finetune.data.images import ImageAccess, load_image
-from finetune.data.patience import read_patiently
+from finetune.data.patience import DriveError, read_patiently
+from finetune.data.streaming import ExampleStream
 from finetune.errors import DataError
+from finetune.recipe import load_recipe
+from finetune.training import prepare
 
 FINETUNE = str(Path(sys.executable).parent / "finetune")
 
@@ -46,9 +55,10 @@ def test_an_error_that_may_pass_is_tried_again_after_longer_and_longer(number: i
     assert patiently(drive) == (b"here", [1.0, 2.0, 4.0])
 
 
-def test_retries_are_bounded_and_the_error_is_the_drives_own() -> None:
+def test_retries_are_bounded_and_what_the_drive_said_is_told() -> None:
     drive = Drive(*(OSError(errno.EIO, "Input/output error") for _ in range(9)))
-    with pytest.raises(OSError, match="Input/output error"):
+    told = r"cannot be read \(Input/output error\) in each of 3 tries: the drive fails"
+    with pytest.raises(DriveError, match=told):
         patiently(drive, retries=2)
     assert drive.num_reads == 3
 
@@ -62,7 +72,7 @@ def test_a_file_that_is_not_there_is_not_waited_for() -> None:
 
 def test_a_drive_that_does_not_answer_is_given_up_and_the_settings_named() -> None:
     began = time.monotonic()
-    with pytest.raises(DataError, match=r"not read within 0\.2 seconds in each of 2 tries"):
+    with pytest.raises(DriveError, match=r"not read within 0\.2 seconds in each of 2 tries"):
         read_patiently(
             lambda: time.sleep(30) or b"", timeout_seconds=0.2, retries=1, wait=lambda _: None
         )
@@ -95,8 +105,86 @@ def test_a_picture_that_stalls_for_good_is_named(
     picture(28, 28).save(tmp_path / "a.png")
     monkeypatch.setattr(images, "_read_regular", lambda path: time.sleep(5))
     access = ImageAccess(tmp_path, read_timeout_seconds=0.1, read_retries=0)
-    with pytest.raises(DataError, match=r"image 'a\.png' is not read within 0\.1 seconds: the"):
+    with pytest.raises(DriveError, match=r"image 'a\.png' is not read within 0\.1 seconds: the"):
         load_image("a.png", access)
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Has the drive of all pictures fail."""
+
+    def fails(path: Path) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    return lambda: monkeypatch.setattr(images, "_read_regular", fails)
+
+
+LEFT_OUT = ["data.bad_rows=skip", "data.read_retries=0"]
+STREAMED = [*LEFT_OUT, "data.train.0.streaming=true"]
+
+
+def test_rows_on_a_drive_that_fails_are_not_left_out_as_bad(
+    dataset: Callable[..., Path], failing: Callable[[], None]
+) -> None:
+    """It would leave out all of them."""
+    recipe = load_recipe(dataset(num_eval=0), LEFT_OUT)
+    failing()
+    with pytest.raises(DriveError, match=r"image 'train\d+\.png' cannot be read \(Input/output"):
+        prepare(recipe, Console(quiet=True))
+
+
+def test_rows_of_a_stream_on_a_drive_that_fails_are_not_left_out_as_bad(
+    dataset: Callable[..., Path], failing: Callable[[], None]
+) -> None:
+    prepared = prepare(load_recipe(dataset(num_eval=0), STREAMED), Console(quiet=True))
+    stream = ExampleStream(
+        prepared.streams, prepared.encoder, seed=0, skip_bad=True, skip_overlong=True
+    )
+    failing()
+    with pytest.raises(DriveError, match=r"train\.jsonl:\d+: image 'train\d+\.png' cannot be read"):
+        next(iter(stream))
+
+
+def test_a_drive_that_fails_while_training_is_not_told_as_a_row_that_changed(
+    dataset: Callable[..., Path], failing: Callable[[], None]
+) -> None:
+    prepared = prepare(load_recipe(dataset(num_eval=0), LEFT_OUT), Console(quiet=True))
+    assert prepared.train
+    failing()
+    with pytest.raises(DriveError, match=r"train\.jsonl:1: image 'train0\.png' cannot") as error:
+        Collator(prepared.encoder, prepared.train.rows)([{"row": 0}])
+    assert "changed since" not in str(error.value)
+
+
+def test_a_sample_of_an_archive_on_a_drive_that_fails_is_not_a_bad_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(b'{"a": 1}')
+    stamp, sample = FileStamp.of(path), {"key": "a", "members": [["a.json", 0, 8]]}
+    assert read_sample(stamp, sample) == {"__key__": "a", "a": 1}
+
+    def fails(*_: int) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "pread", fails)
+    with pytest.raises(DriveError, match=r"a\.tar: cannot be read \(Input/output error\)"):
+        read_sample(stamp, sample)
+
+
+def test_a_drive_that_fails_below_a_stream_is_no_fault_of_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing(io.BytesIO):
+        def readline(self, size: int | None = -1, /) -> bytes:
+            raise OSError(errno.EIO, "Input/output error")
+
+    path = tmp_path / "a.jsonl"
+    path.write_text("{}\n")
+    rows = open_stream(path).iterate(0, 1)
+    monkeypatch.setattr(streams, "open_plain", lambda _: Failing())
+    with pytest.raises(DriveError, match=r"a\.jsonl: cannot be read .*: the drive fails"):
+        next(rows)
 
 
 def test_a_loading_process_that_is_killed_ends_the_run_with_a_message(

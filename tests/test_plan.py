@@ -318,6 +318,18 @@ def test_what_does_not_fit_ends_with_exit_code_2(nano_recipe: Path) -> None:
     assert "does not fit" in done.stdout
 
 
+@pytest.mark.parametrize(("name", "is_told"), [("fsdp", True), ("zero2", True), ("ddp", False)])
+def test_figures_that_leave_shares_out_of_account_say_so(
+    name: str, is_told: bool, nano_recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [f"training.distributed={name}", "evaluation.rows_in_training=0"]
+    result = plan(load_recipe(str(nano_recipe), settings))
+    print_plan(result, results_console())
+    told = f"training.distributed: {name} is left out of account: these figures are as with ddp"
+    assert (told in capsys.readouterr().out) == is_told
+    assert result.to_json()["shares_left_out"] == (name if is_told else None)
+
+
 def test_streamed_rows_are_planned_from_the_first_ones(nano_recipe: Path) -> None:
     path = str(nano_recipe.parent / "train.jsonl")
     recipe = load_recipe(

@@ -1,15 +1,14 @@
 """Training in two processes: as in one, with half of the batch each."""
 
 import json
-import os
+import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,40 +17,22 @@ from safetensors.torch import load_file
 
 from finetune.data.collate import collate
 from finetune.data.streaming import ExampleStream
-from finetune.errors import RecipeError
+from finetune.errors import RecipeError, RunDirError
 from finetune.model.load import load_model
-from finetune.recipe import Recipe, load_recipe
+from finetune.recipe import Recipe, dump_recipe, load_recipe
 from finetune.requirements import refuse_a_lonely_launch
-from finetune.rundir import RunDir, read_json, read_jsonl
+from finetune.resuming import (
+    Share,
+    and_now,
+    other_processes,
+    refuse_another_run,
+    refuse_other_processes,
+    shares_of,
+)
+from finetune.rundir import RunDir, read_json, read_jsonl, write_json, write_text
 from finetune.training import prepare
-from tests.conftest import chat_row, noise, write_rows
-
-FINETUNE = [sys.executable, "-m", "finetune"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-FIGURES = ("step", "loss", "eval_loss", "grad_norm", "learning_rate", "samples")
-
-
-def run(*command: str, timeout: int = 240) -> subprocess.CompletedProcess[str]:
-    """A command in a group of its own, ended whole where it hangs."""
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        out, err = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
-
-
-def figures(run: RunDir) -> list[dict[str, Any]]:
-    return [{k: line[k] for k in FIGURES if k in line} for line in read_jsonl(run.metrics)]
+from tests.commands import FINETUNE, TORCHRUN, figures, run, write_texts_and_one_picture
+from tests.conftest import chat_row, write_rows
 
 
 @pytest.mark.slow
@@ -103,17 +84,165 @@ def test_torchrun_and_processes_are_the_same_and_go_on_with_each_other(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_a_run_goes_on_in_another_number_of_processes_with_the_same_steps(
+    dataset: Callable[..., Path], tmp_path: Path, before: int, after: int
+) -> None:
+    """Begun, and gone on with from the middle of its second epoch, of three: by the recipe's rows a
+    step, each step has the rows of the unbroken run.
+    """
+    training = {"max_steps": None, "epochs": 3, "batch_size": 4, "keep_checkpoints": 9}
+    recipe = dataset(num_train=11, num_eval=0, adapter={"dropout": 0.0}, training=training)
+    broken, unbroken = RunDir(tmp_path / "run"), RunDir(tmp_path / "unbroken")
+    done = run(*FINETUNE, "train", str(recipe), f"output.dir={unbroken.path}")
+    assert done.returncode == 0, done.stderr
+    settings = {1: [], 2: ["training.batch_size=2", "--processes", "2"]}
+    done = run(*FINETUNE, "train", str(recipe), *settings[before])
+    assert done.returncode == 0, done.stderr
+    for step in (6, 8, 9):
+        shutil.rmtree(broken.checkpoints / f"checkpoint-{step}")
+    done = run(*FINETUNE, "train", str(recipe), *settings[after], "--resume")
+    assert done.returncode == 0, done.stderr
+    words = {1: "1 process", 2: "2 processes"}
+    assert f"was begun in {words[before]} and goes on in {after}: from where" in done.stderr
+    assert "dropout draws anew, and sums are made in another order" in done.stderr
+    assert "checkpoints/checkpoint-4" in done.stderr
+    ours, theirs = figures(broken), figures(unbroken)
+    assert [line["step"] for line in ours] == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert ours[-1]["samples"] == 33
+    for line, expected in zip(ours, theirs, strict=True):
+        assert line == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def begun(recipe: Recipe, folder: Path, *numbers: int) -> RunDir:
+    """A run directory of a run in so many processes, and then in others."""
+    found = RunDir(folder / "begun")
+    for number in numbers:
+        go_on(recipe, found, number)
+    return found
+
+
+def go_on(recipe: Recipe, run: RunDir, num_processes: int) -> None:
+    """Write what `train` does."""
+    before = shares_of(run) if run.environment.is_file() else []
+    shares = and_now(before, Share.of(recipe, num_processes))
+    write_json(
+        run.environment, {"shares": [asdict(each) for each in shares], "rows_sha256": "rows"}
+    )
+    write_text(run.recipe, dump_recipe(recipe))
+
+
+EPOCHS = ("training.max_steps=null", "training.epochs=2")
+
+
+@pytest.mark.parametrize(
+    ("settings", "before", "after", "told"),
+    [
+        ([], 1, 2, r"begun in 1 process with 4 rows a step.* in 2 processes set .*batch_size=2"),
+        (["training.batch_size=2"], 2, 1, "in 1 process set training.gradient_accumulation=2"),
+        (["training.batch_size=3"], 2, 4, r"with 6 rows a step, .*: resume in 2$"),
+        (
+            ["training.batch_size=2", "training.gradient_accumulation=3"],
+            1,
+            2,
+            r"in 2 processes set training\.batch_size=1",
+        ),
+        (
+            ["training.batch_size=1", "training.gradient_accumulation=6"],
+            4,
+            3,
+            r"in 3 processes set training\.gradient_accumulation=8",
+        ),
+        (
+            ["training.batch_size=3", "training.gradient_accumulation=2"],
+            2,
+            6,
+            r"set training\.batch_size=1$",
+        ),
+        (
+            ["training.batch_size=2", "training.gradient_accumulation=2"],
+            2,
+            8,
+            r"set training\.batch_size=1 training\.gradient_accumulation=1",
+        ),
+        (
+            ["training.batch_size=null", "training.batch_tokens=500"],
+            1,
+            2,
+            "another number of steps",
+        ),
+    ],
+)
+def test_epochs_go_on_in_as_many_rows_a_step_alone_and_the_settings_are_named(
+    dataset: Callable[..., Path],
+    tmp_path: Path,
+    settings: list[str],
+    before: int,
+    after: int,
+    told: str,
+) -> None:
+    recipe = load_recipe(dataset(), [*EPOCHS, *settings])
+    with pytest.raises(RunDirError, match=told):
+        refuse_other_processes(
+            recipe, begun(recipe, tmp_path, before), after, same_number_of_steps=True
+        )
+    steps = load_recipe(dataset(), settings)  # max_steps
+    refuse_other_processes(steps, begun(steps, tmp_path, before), after, same_number_of_steps=False)
+
+
+def test_the_states_of_deepspeed_are_not_shared_out_anew(
+    dataset: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = load_recipe(dataset(), ["training.distributed=zero2"])
+    run_of_two = begun(recipe, tmp_path, 2)
+    refuse_other_processes(recipe, run_of_two, 2, same_number_of_steps=True)
+    with pytest.raises(RunDirError, match="begun in 2 processes, and DeepSpeed cannot share"):
+        refuse_other_processes(recipe, run_of_two, 4, same_number_of_steps=True)
+
+
+def test_a_process_has_another_share_of_a_step_in_another_number_of_them_alone(
+    dataset: Callable[..., Path], tmp_path: Path
+) -> None:
+    whole, half = (load_recipe(dataset(), [*EPOCHS, f"training.batch_size={n}"]) for n in (4, 2))
+    doubled = load_recipe(
+        dataset(), [*EPOCHS, "training.batch_size=2", "training.gradient_accumulation=2"]
+    )
+    run_of_one = begun(whole, tmp_path, 1)
+    refuse_another_run(whole, "rows", run_of_one, 1)
+    refuse_another_run(half, "rows", run_of_one, 2)
+    for recipe, number in ((half, 1), (doubled, 1), (doubled, 2)):
+        with pytest.raises(RunDirError, match=r"other settings \(training\.batch_size"):
+            refuse_another_run(recipe, "rows", run_of_one, number)
+    # killed between the two files that tell what it goes on with
+    go_on(half, run_of_one, 2)
+    write_text(run_of_one.recipe, dump_recipe(whole))
+    refuse_another_run(half, "rows", run_of_one, 2)
+    refuse_another_run(whole, "rows", run_of_one, 1)
+
+
+def test_a_run_remembers_all_numbers_of_processes_that_it_went_on_in(
+    dataset: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = load_recipe(dataset())
+    (warning,) = other_processes(recipe, begun(recipe, tmp_path, 2, 1, 1), 1, same_rows=True)
+    assert "was begun in 2 processes and goes on in 1: from where" in warning
+    assert "more or fewer rows" in warning  # by max_steps, with the same batch_size
+    (warning,) = other_processes(recipe, RunDir(tmp_path / "begun"), 2, same_rows=True)
+    assert "was begun in 2 processes, went on in 1 and goes on in 2: from where" in warning
+    half = load_recipe(dataset(), ["training.batch_size=2"])
+    (warning,) = other_processes(half, begun(recipe, tmp_path / "x", 1), 2, same_rows=False)
+    assert "was begun in 1 process and goes on in 2" in warning
+    assert "steps have other rows" in warning
+    assert not list(other_processes(recipe, begun(recipe, tmp_path / "y", 1), 1, same_rows=True))
+
+
+@pytest.mark.slow
 def test_texts_in_one_process_and_pictures_in_the_other_end_and_learn_alike(
     dataset: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Steps of a picture and a text, of two texts, and a last one that is short."""
     training = {"max_steps": 5, "batch_size": 1, "logging_steps": 1}
     recipe = dataset(num_train=5, num_eval=0, adapter={"dropout": 0.0}, training=training)
-    noise(56, 56, seed=3).save(tmp_path / "only.png")
-    rows = [
-        chat_row(f"Read it, {i}.", f"A{i}", *(["only.png"] if i == 2 else [])) for i in range(5)
-    ]
-    write_rows(tmp_path / "train.jsonl", rows)
+    write_texts_and_one_picture(tmp_path)
     two, one = RunDir(tmp_path / "two"), RunDir(tmp_path / "one")
     done = run(*FINETUNE, "train", str(recipe), f"output.dir={two.path}", "--processes", "2")
     assert done.returncode == 0, done.stderr
@@ -136,11 +265,14 @@ def test_what_all_processes_find_is_told_once(dataset: Callable[..., Path], tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("num_eval", [0, 60])
 def test_a_signal_ends_all_processes_with_a_checkpoint(
-    dataset: Callable[..., Path], tmp_path: Path
+    dataset: Callable[..., Path], tmp_path: Path, num_eval: int
 ) -> None:
+    """Between steps, or where most of the time goes into evaluations, in the middle of one."""
     training = {"max_steps": 3000, "batch_size": 1, "logging_steps": 1, "save_steps": 1000}
-    recipe = dataset(num_eval=0, training=training)
+    evaluation = {"every_steps": 1, "batch_size": 1, "rows_in_training": 0}
+    recipe = dataset(num_eval=num_eval, training=training, evaluation=evaluation)
     process = subprocess.Popen(
         [*FINETUNE, "train", str(recipe), "--processes", "2"],
         stderr=subprocess.PIPE,
@@ -157,6 +289,9 @@ def test_a_signal_ends_all_processes_with_a_checkpoint(
     (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("checkpoint-*")
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     assert 0 < state["global_step"] < 3000
+    last = read_jsonl(metrics)[-1]
+    assert last["step"] == state["global_step"]
+    assert "eval_loss" not in last
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,24 @@
+import errno
+import os
+import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from finetune.errors import RunDirError
-from finetune.rundir import RunDir, create_run_dir, read_jsonl, replacing, write_jsonl, write_text
+from finetune.rundir import (
+    RunDir,
+    RunLock,
+    create_run_dir,
+    read_jsonl,
+    replacing,
+    write_jsonl,
+    write_text,
+)
 
 
 def test_what_fails_half_way_leaves_the_old_file(tmp_path: Path) -> None:
@@ -72,3 +87,61 @@ def test_a_run_killed_as_it_began_is_begun_again_and_a_recipe_of_the_user_is_lef
     run.recipe.write_text("the user's own")
     with pytest.raises(RunDirError, match="already holds"):
         create_run_dir(tmp_path)
+
+
+HOLD = """
+import os, sys, time
+from finetune.rundir import RunDir, RunLock
+
+with RunLock(RunDir(sys.argv[1])) as lock:
+    lock.take()
+    if os.fork() == 0:  # as loading processes are, which outlive their parent for some seconds
+        time.sleep(60)
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_one_process_alone_holds_a_run_and_not_beyond_its_end(tmp_path: Path) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert holder.stdout
+        assert holder.stdout.readline() == "held\n"
+        told = rf"is being written by process {holder.pid} on {socket.gethostname()}"
+        for _ in range(2):  # the first refusal leaves the words for the second
+            with RunLock(RunDir(tmp_path)) as lock, pytest.raises(RunDirError, match=told):
+                lock.take()
+        holder.kill()
+        holder.wait()
+        with RunLock(RunDir(tmp_path)) as lock:
+            lock.take()
+            lock.take()  # once more is no matter
+    finally:
+        os.killpg(holder.pid, signal.SIGKILL)
+
+
+def test_a_disk_without_locks_lets_a_run_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", fail)
+    with RunLock(RunDir(tmp_path)) as lock:
+        lock.take()
+
+
+def test_a_run_that_is_replaced_stays_locked(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    for file in (run.recipe, run.environment, run.summary):
+        file.write_text("")
+    with RunLock(run) as lock:
+        lock.take()
+        create_run_dir(tmp_path, overwrite=True, lock=lock)
+        assert [entry.name for entry in tmp_path.iterdir()] == [".lock"]
+    create_run_dir(tmp_path)  # what is left of a run that was killed by then

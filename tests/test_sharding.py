@@ -29,9 +29,8 @@ from finetune.recipe import ModelSection, load_recipe
 from finetune.rundir import RunDir, read_json, write_json
 from finetune.trainer import VisionSFTTrainer
 from finetune.training import prepare
-from tests.conftest import chat_row, noise, write_rows
+from tests.commands import FINETUNE, TORCHRUN, figures, run, write_texts_and_one_picture
 from tests.families import CHECKPOINTS
-from tests.test_processes import FINETUNE, TORCHRUN, figures, run
 
 THIS = [*TORCHRUN, "-m", "tests.test_sharding"]
 IN_SHARES = "training.distributed=fsdp"
@@ -210,13 +209,9 @@ def test_texts_in_one_process_and_pictures_in_the_other_end_in_shares_too(
 ) -> None:
     training = {"max_steps": 5, "batch_size": 1, "logging_steps": 1}
     recipe = dataset(num_train=5, num_eval=0, adapter={"dropout": 0.0}, training=training)
-    noise(56, 56, seed=3).save(tmp_path / "only.png")
-    rows = [
-        chat_row(f"Read it, {i}.", f"A{i}", *(["only.png"] if i == 2 else [])) for i in range(5)
-    ]
-    write_rows(tmp_path / "train.jsonl", rows)
+    write_texts_and_one_picture(tmp_path)
     two, one = RunDir(tmp_path / "two"), RunDir(tmp_path / "one")
-    done = run(*THIS, "train", str(recipe), f"output.dir={two.path}", IN_SHARES, timeout=120)
+    done = run(*THIS, "train", str(recipe), f"output.dir={two.path}", IN_SHARES)
     assert done.returncode == 0, done.stderr
     done = run(*FINETUNE, "train", str(recipe), f"output.dir={one.path}", "training.batch_size=2")
     assert done.returncode == 0, done.stderr

@@ -23,9 +23,9 @@ from finetune.data.examples import Encoder
 from finetune.data.sources import open_stream_source
 from finetune.data.streaming import ExampleStream, Position, StreamCollator, StreamedExample
 from finetune.errors import DataError, RecipeError, RunDirError
-from finetune.findings import FindingsLists
 from finetune.recipe import Columns, DataSection, DataSource, load_recipe
 from finetune.rundir import RunDir, read_json, read_jsonl
+from finetune.stream_lists import StreamLists
 from finetune.train import train
 from tests.conftest import chat_row, noise, write_rows
 
@@ -311,9 +311,9 @@ def test_a_process_without_a_row_leaves_the_rows_to_the_others(
 
 def test_lists_go_on_after_a_line_that_was_not_finished(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
-    FindingsLists(run).add([Finding("bad", "a.jsonl:1", "is no row")])
+    StreamLists(run).add([Finding("bad", "a.jsonl:1", "is no row")])
     run.skipped.write_text(run.skipped.read_text() + '{"where": "a.js')
-    FindingsLists(run).add([Finding("bad", "a.jsonl:2", "is no row")])
+    StreamLists(run).add([Finding("bad", "a.jsonl:2", "is no row")])
     assert [line["where"] for line in read_jsonl(run.skipped)] == ["a.jsonl:1", "a.jsonl:2"]
 
 
@@ -376,7 +376,7 @@ def test_a_row_left_out_in_every_epoch_is_listed_once(tmp_path: Path) -> None:
     bad = Finding("bad", "a.jsonl:1", "is no row")
     changed = Finding("changed", "a.jsonl:2", "1 of 2 exchanges dropped", "dropped")
     for _ in range(2):
-        lists = FindingsLists(run)  # a resumed run knows what the one before has listed
+        lists = StreamLists(run)  # a resumed run knows what the one before has listed
         lists.add([bad, changed])
         lists.add([changed, bad])
     assert [line["where"] for line in read_jsonl(run.skipped)] == ["a.jsonl:1"]

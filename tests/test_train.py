@@ -14,16 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from finetune.checkpoints import last_whole
-from finetune.cli import main
+from finetune.cli import app, main
 from finetune.errors import DataError, FinetuneError, ModelError, RecipeError, RunDirError
+from finetune.model.generate import generate_answers
 from finetune.recipe import load_recipe
 from finetune.recipe.copying import copy_recipe
 from finetune.rundir import RunDir, read_jsonl, write_jsonl
 from finetune.train import train as train_recipe
+from finetune.trainer import VisionSFTTrainer
 from tests.conftest import chat_row, write_dataset, write_rows
 
+CLOCK = {
+    *("seconds", "samples_per_second", "peak_memory_gib"),
+    *("eval_runtime", "eval_samples_per_second", "eval_steps_per_second"),
+}
 FINETUNE = str(Path(sys.executable).parent / "finetune")
 
 
@@ -64,6 +71,7 @@ def test_a_run_leaves_the_whole_run_directory(finished: tuple[RunDir, str]) -> N
         "evaluation",
         "summary.json",
         "report.html",
+        ".lock",
     }
     summary = json.loads(run.summary.read_text())
     assert summary["num_eval_rows"] == 4
@@ -299,8 +307,170 @@ def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(
     assert (run.charts / "loss.png").is_file()
 
 
+def tell_at(
+    moment: str, step: int, monkeypatch: pytest.MonkeyPatch, number: int = signal.SIGUSR1
+) -> list[str]:
+    """Has this process told to stop when training comes to a moment of a step; gives what was still
+    done after that.
+    """
+    done: list[str] = []
+    stock = {
+        "loss": VisionSFTTrainer.prediction_step,
+        "answers": generate_answers,
+        "step": VisionSFTTrainer.training_step,
+    }
+    steps: list[int] = []
+
+    def tell_then(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if moment == "step":
+            is_there = self.state.global_step == step - 1
+        elif moment == "loss":
+            is_there = self.state.global_step == step
+        else:
+            is_there = steps[-1] == step
+        if is_there:
+            os.kill(os.getpid(), number)
+        found = stock[moment](self, *args, **kwargs)
+        if is_there:
+            done.append(moment)
+        return found
+
+    def note(self: Any, *args: Any, **kwargs: Any) -> Any:
+        steps.append(self.state.global_step)
+        return stock_loop(self, *args, **kwargs)
+
+    stock_loop = VisionSFTTrainer.evaluation_loop
+    monkeypatch.setattr(VisionSFTTrainer, "evaluation_loop", note)
+    if moment == "answers":
+        monkeypatch.setattr("finetune.asking.generate_answers", tell_then)
+    else:
+        name = {"loss": "prediction_step", "step": "training_step"}[moment]
+        monkeypatch.setattr(VisionSFTTrainer, name, tell_then)
+    return done
+
+
+@pytest.mark.parametrize(
+    ("moment", "step", "num_done", "streams"),
+    [
+        ("answers", 2, 0, False),
+        ("loss", 2, 1, False),
+        ("step", 2, 1, False),
+        ("answers", 6, 0, False),
+        ("step", 6, 1, False),
+        ("loss", 2, 1, True),
+    ],
+)
+def test_an_evaluation_is_left_on_a_signal_and_made_again(
+    dataset: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    moment: str,
+    step: int,
+    num_done: int,
+    streams: bool,
+) -> None:
+    """In its answers, in its losses (of which it has four batches), or just before; the last one of
+    a run, too, after which there is no step.
+    """
+    training = {"max_steps": 6, "save_steps": 2, "keep_checkpoints": 1}
+    evaluation = {"load_best": True, "batch_size": 1, "every_steps": 2, "best_metric": "loss"}
+    recipe = dataset(adapter={"dropout": 0.2}, training=training, evaluation=evaluation)
+    if streams:
+        settings = json.loads(recipe.read_text())
+        settings["data"]["train"][0]["streaming"] = True
+        recipe.write_text(json.dumps(settings))
+    train(str(recipe), [f"output.dir={tmp_path / 'unbroken'}"])
+    run, unbroken = RunDir(tmp_path / "run"), RunDir(tmp_path / "unbroken")
+    with monkeypatch.context() as patch:
+        done = tell_at(moment, step, patch)
+        assert train(str(recipe)) == 75
+        assert len(done) == num_done
+    last = last_whole(run.checkpoints)
+    assert last
+    assert last.name == f"checkpoint-{step}"
+    assert not any("eval_loss" in line and line["step"] == step for line in read_jsonl(run.metrics))
+    with monkeypatch.context() as patch:  # and once more, while it is made again
+        assert not tell_at("answers", step, patch)
+        assert train(str(recipe), resume=True) == 75
+    assert train(str(recipe), resume=True) == 0
+    assert_same_run(run, unbroken)
+    evaluated = [
+        [{k: v for k, v in line.items() if k not in CLOCK} for line in read_jsonl(each.metrics)]
+        for each in (run, unbroken)
+    ]
+    assert evaluated[0] == evaluated[1]
+    best = [json.loads(each.summary.read_text())["best_step"] for each in (run, unbroken)]
+    assert best[0] == best[1]
+
+
+def test_patience_that_ends_in_an_evaluation_made_again_takes_no_further_step(
+    dataset: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = {"max_steps": 8, "save_steps": 2, "learning_rate": 1e-30}
+    evaluation = {"patience": 1, "every_steps": 2, "best_metric": "loss"}
+    recipe = dataset(training=training, evaluation=evaluation)
+    train(str(recipe), [f"output.dir={tmp_path / 'unbroken'}"])
+    run, unbroken = RunDir(tmp_path / "run"), RunDir(tmp_path / "unbroken")
+    assert read_jsonl(unbroken.metrics)[-1]["step"] == 4
+    with monkeypatch.context() as patch:
+        tell_at("loss", 4, patch)
+        assert train(str(recipe)) == 75
+    assert train(str(recipe), resume=True) == 0
+    assert_same_run(run, unbroken)
+
+
 def read_whole(path: Path) -> list[str]:
     return path.read_text().splitlines()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_before_a_run_takes_it_over_asks_to_be_started_again(number: int) -> None:
+    code = (
+        "from finetune.stopping import stop_means_resume_me; stop_means_resume_me()\n"
+        "import sys, time; assert 'torch' not in sys.modules; print('on', flush=True)\n"
+        "try:\n    time.sleep(60)\nexcept BaseException:\n    pass"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert process.stdout
+    assert process.stdout.readline() == b"on\n"
+    process.send_signal(number)
+    assert process.wait(timeout=30) == 75
+
+
+def test_the_command_has_signals_ask_so_before_it_does_anything(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("finetune.cli.stop_means_resume_me", lambda: asked.append("so"))
+    missing = CliRunner().invoke(app, ["train", "missing.yaml"])
+    assert missing.exit_code != 0
+    assert asked == ["so"]
+    CliRunner().invoke(app, ["train", "missing.yaml", "--dry-run"])
+    assert asked == ["so"]
+
+
+def test_a_run_that_another_process_writes_is_left_to_it(
+    dataset: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = dataset(num_eval=0, training={"max_steps": 2})
+    train(str(recipe))
+    code = (
+        "import sys, time; from finetune.rundir import RunDir, RunLock\n"
+        "lock = RunLock(RunDir(sys.argv[1])); lock.take(); print('on', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "run")], stdout=subprocess.PIPE
+    )
+    assert holder.stdout
+    assert holder.stdout.readline() == b"on\n"
+    before = sorted((tmp_path / "run").rglob("*"))
+    for resume in (True, False):
+        with pytest.raises(RunDirError, match=f"is being written by process {holder.pid} on "):
+            train(str(recipe), resume=resume, overwrite=not resume)
+    assert sorted((tmp_path / "run").rglob("*")) == before
+    holder.kill()
+    holder.wait()
+    assert train(str(recipe), resume=True) == 0
 
 
 def test_an_existing_run_is_refused_then_replaced(dataset: Callable[..., Path]) -> None:

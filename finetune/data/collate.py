@@ -13,6 +13,7 @@ from torch.utils.data import get_worker_info
 
 from finetune.data.augment import Augmentation, Draws
 from finetune.data.examples import Encoder, Example
+from finetune.data.patience import DriveError
 from finetune.data.sampling import EpochSampler
 from finetune.data.sequences import Layout, Layouting, PackedRows, lay_out
 from finetune.data.sources import Row
@@ -166,7 +167,7 @@ class Collator:
 
     def __call__(self, features: Sequence[dict[str, int]]) -> dict[str, Any]:
         """A batch of the rows whose numbers are given as `row`; nothing is learnt from one that is
-        there `again`. Raises `DataError`, naming the row.
+        there `again`. Raises `DataError`, or `DriveError`, naming the row.
         """
         leave_interrupts_to_the_main_process()
         encoder, examples = self.encoder, []
@@ -175,6 +176,8 @@ class Collator:
             row = self.rows[feature["row"]]
             try:
                 examples.append(encoder.encode(row, self._draws(feature["row"]), pictures))
+            except DriveError as error:
+                raise DriveError(f"{row.where}: {error}") from error
             except DataError as error:  # checked before training, so a file changed since
                 raise DataError(
                     f"{row.where}: {error} (it was checked, and changed since then)"

@@ -16,7 +16,7 @@ from PIL import ExifTags, Image, ImageOps
 from rapidfuzz import fuzz, process
 
 from finetune.data.downloads import download
-from finetune.data.patience import read_patiently
+from finetune.data.patience import DriveError, read_patiently
 from finetune.data.pdf import render_page
 from finetune.data.pillow import own_pillow_settings, to_rgb, to_rgb_or_grey
 from finetune.data.signatures import image_format, why_no_image
@@ -55,7 +55,8 @@ def load_image(source: str | bytes, access: ImageAccess) -> Image.Image:
     URL, or the bytes of a file; `FILE.pdf#page=N` is a page of a PDF.
 
     Of an animation the first frame, of a TIFF the first page. Raises `DataError` saying what is
-    wrong with it: missing, outside the root, cut short, no image, too large, a URL.
+    wrong with it: missing, outside the root, cut short, no image, too large, a URL; `DriveError`
+    where a drive does not give it.
     """
     page = page_of(source)
     name, data = read_image_file(source, access)
@@ -65,7 +66,7 @@ def load_image(source: str | bytes, access: ImageAccess) -> Image.Image:
 def read_image_file(source: str | bytes, access: ImageAccess) -> tuple[str, bytes]:
     """A name for messages, and the file's bytes as they are stored; of a PDF, the whole of it.
 
-    Raises `DataError` where they cannot be had.
+    Raises `DataError` where they cannot be had, `DriveError` where that is the drive's fault.
     """
     if isinstance(source, bytes):
         return BYTES, source
@@ -216,7 +217,9 @@ def _read_path(source: str, access: ImageAccess) -> bytes:
             timeout_seconds=access.read_timeout_seconds,
             retries=access.read_retries,
         )
-    except DataError as error:  # before ValueError, of which it is one
+    except DriveError as error:  # before OSError, of which it is one
+        raise DriveError(f"image {name} {error}") from error
+    except DataError as error:  # before ValueError
         raise DataError(f"image {name} {error}") from None
     except FileNotFoundError:
         raise DataError(

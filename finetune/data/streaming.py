@@ -18,6 +18,7 @@ from finetune.data.collate import BatchRow, collate, leave_interrupts_to_the_mai
 from finetune.data.containers import Place, Reading
 from finetune.data.examination import Finding
 from finetune.data.examples import Encoder, Example, OverlongError
+from finetune.data.patience import DriveError
 from finetune.data.sources import StreamSource
 from finetune.errors import DataError
 
@@ -66,9 +67,10 @@ class ExampleStream(IterableDataset[StreamedExample]):
 
     A source of weight 2 gives two rows for one of a source of weight 1, as long as both last; each
     row comes once an epoch. Bad and overlong rows raise `DataError`, or are left out and told of,
-    as the recipe says. `rank` and `num_ranks` are those of the training process; `positions` are
-    where consumers go on, by their number. `augmentation` changes rows as they are shown.
-    `turn` is the consumer whose batch is next: they take turns within a training process.
+    as the recipe says; a drive that fails raises `DriveError`. `rank` and `num_ranks` are those of
+    the training process; `positions` are where consumers go on, by their number. `augmentation`
+    changes rows as they are shown. `turn` is the consumer whose batch is next: they take turns
+    within a training process.
     """
 
     def __init__(
@@ -139,6 +141,8 @@ class ExampleStream(IterableDataset[StreamedExample]):
             if isinstance(read, DataError):
                 raise read
             example, fitted = self.encoder.encode_fitted(read, draws)
+        except DriveError as error:
+            raise DriveError(f"{where}: {error}") from error
         except DataError as error:
             overlong = isinstance(error, OverlongError)
             if not (self.skip_overlong if overlong else self.skip_bad):

@@ -201,7 +201,9 @@ class DataSection(Section):
     read_timeout_seconds: PositiveNumber | None = None
     """Longest time for reading one picture's file, for drives that stall. Without it, any."""
     read_retries: Annotated[int, Field(ge=0)] = 3
-    """Times that a picture is read again where the drive fails or stalls, after 1, 2, 4 ... s."""
+    """Times that a picture's file is read again where the drive fails or stalls. It waits 1, 2, 4
+    ... seconds before. Files of rows (JSON Lines, Parquet, tar) are read once.
+    """
 
 
 class TrainingSection(Section):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from finetune.data.patience import drive_error
 from finetune.errors import DataError
 
 Opened = TypeVar("Opened")
@@ -110,7 +111,7 @@ _DESCRIPTORS = RecentlyOpened(64, _Descriptor)
 
 
 def read_bytes(stamp: FileStamp, start: int, length: int) -> bytes:
-    """`length` bytes from `start`. Raises `DataError`, without the place."""
+    """`length` bytes from `start`. Raises `DataError`, without the place, and `DriveError`."""
     try:
         descriptor = _DESCRIPTORS.get(stamp)
         refuse_changed(stamp, os.fstat(descriptor.number))
@@ -121,6 +122,8 @@ def read_bytes(stamp: FileStamp, start: int, length: int) -> bytes:
                 break
             data += more
     except OSError as error:
+        if failing := drive_error(shown_path(Path(stamp.path)), error):
+            raise failing from error
         raise DataError(
             f"the file cannot be read ({error.strerror}); check it, and start again"
         ) from error

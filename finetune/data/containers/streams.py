@@ -31,6 +31,7 @@ from finetune.data.containers.kinds import (
     suffix_of,
 )
 from finetune.data.containers.tar_shards import list_samples, read_sample
+from finetune.data.patience import drive_error
 from finetune.errors import DataError
 from finetune.patterns import is_pattern
 
@@ -64,6 +65,9 @@ class Place:
 
 class Shard(Protocol):
     """One file of a stream, or its like."""
+
+    shown: str
+    """Its name in messages."""
 
     @property
     def num_bytes(self) -> int | None:
@@ -188,6 +192,10 @@ class Reading(Iterator[tuple[str, Any]]):
                 except StopIteration as end:
                     before += end.value
                     break
+                except OSError as error:
+                    if failing := drive_error(shard.shown, error):
+                        raise failing from error
+                    raise
                 row += step
                 self.place = Place(number, before, row, mark)
                 if skip:

@@ -152,7 +152,7 @@ def read_sample(data: FileStamp, sample: dict[str, Any]) -> dict[str, Any]:
 
     Where the JSON names images of the sample, their bytes take the names' places; else one image is
     `image`, several are `images` in the order of their names. Text is `caption`. Other members are
-    left alone. Raises `DataError` without the place.
+    left alone. Raises `DataError` without the place, and `DriveError`.
     """
     if "error" in sample:
         raise DataError(sample["error"])

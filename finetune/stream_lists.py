@@ -1,13 +1,12 @@
 """What was left out of streamed rows, or changed, listed while a run goes on."""
 
-import json
 from pathlib import Path
 
 from finetune.data.examination import Finding
-from finetune.rundir import RunDir, read_jsonl, write_jsonl
+from finetune.rundir import RunDir, append_jsonl, read_jsonl, write_jsonl
 
 
-class FindingsLists:
+class StreamLists:
     """skipped.jsonl and changed.jsonl of a run whose rows are streamed, written as it goes, by one
     process for all.
 
@@ -27,8 +26,7 @@ class FindingsLists:
             if finding.where in self._listed[path]:
                 continue
             self._listed[path].add(finding.where)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(finding.to_json()) + "\n")
+            append_jsonl(path, [finding.to_json()])
 
 
 def _listed_in(path: Path) -> set[str]:
