@@ -224,9 +224,11 @@ def numbers(value: Any) -> dict[str, float]:
 
 
 def flatten(values: Row, prefix: str = "") -> list[tuple[str, str]]:
-    """Nested mappings as ("outer.inner", text) pairs."""
+    """Nested mappings, and lists of them, as ("outer.inner", text) pairs."""
     pairs = []
     for key, value in values.items():
+        if isinstance(value, list) and any(isinstance(each, dict) for each in value):
+            value = {str(number): each for number, each in enumerate(value, start=1)}
         if isinstance(value, dict):
             pairs += flatten(value, f"{prefix}{key}.")
         else:

@@ -76,7 +76,8 @@ def finished(stopped: RunDir) -> RunDir:
     rows += [prediction(9, base=True, adapter=True), prediction(10, base=False, adapter=False)]
     write_jsonl(run.predictions, rows)
     write_jsonl(run.skipped, [{"where": "data/train.jsonl:3", "reason": "image '<b>' is missing"}])
-    write_json(run.environment, {"device": "cpu", "versions": {"torch": "2.13.0"}})
+    environment = {"device": "cpu", "versions": {"torch": "2.13.0"}}
+    write_json(run.environment, environment | {"shares": [{"num_processes": 7}]})
     summary: dict = {"base": {"exact_match": 0.1, "anls": 0.25}, "adapter": {"exact_match": 0.9}}
     summary["adapter"]["anls"] = 0.75
     summary["intervals"] = {"base": {"anls": [0.2, 0.3]}, "adapter": {"anls": [0.7, 0.8]}}
@@ -155,6 +156,7 @@ def test_the_run_s_facts_and_every_metric_are_shown(finished: RunDir):
     shown = "ANLS 0.250 [0.200, 0.300] 0.750 [0.700, 0.800] +0.500 [+0.400, +0.600] better"
     assert shown in words
     assert "versions.torch2.13.0" in words
+    assert "shares.1.num_processes7" in words
 
 
 def test_text_from_outside_is_escaped(finished: RunDir):
