@@ -7,7 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
+from finetune.recipe import load_recipe
 from finetune.rundir import RunDir, read_jsonl
+from finetune.train import train
 from tests.conftest import chat_row, noise, write_rows
 
 FINETUNE = [sys.executable, "-m", "finetune"]
@@ -32,6 +36,12 @@ def run(*command: str, timeout: int = 240) -> subprocess.CompletedProcess[str]:
         os.killpg(process.pid, signal.SIGKILL)
         raise
     return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def train_here(recipe: Path, *settings: str) -> None:
+    """What to compare with: the same in this process, which has imported all that takes seconds."""
+    quiet = Console(quiet=True)
+    assert train(load_recipe(recipe, settings), console=quiet, results=quiet) == 0
 
 
 def figures(run: RunDir) -> list[dict[str, Any]]:

@@ -31,7 +31,7 @@ from finetune.resuming import (
 )
 from finetune.rundir import RunDir, read_json, read_jsonl, write_json, write_text
 from finetune.training import prepare
-from tests.commands import FINETUNE, TORCHRUN, figures, run, write_texts_and_one_picture
+from tests.commands import FINETUNE, TORCHRUN, figures, run, train_here, write_texts_and_one_picture
 from tests.conftest import chat_row, write_rows
 
 
@@ -94,11 +94,13 @@ def test_a_run_goes_on_in_another_number_of_processes_with_the_same_steps(
     training = {"max_steps": None, "epochs": 3, "batch_size": 4, "keep_checkpoints": 9}
     recipe = dataset(num_train=11, num_eval=0, adapter={"dropout": 0.0}, training=training)
     broken, unbroken = RunDir(tmp_path / "run"), RunDir(tmp_path / "unbroken")
-    done = run(*FINETUNE, "train", str(recipe), f"output.dir={unbroken.path}")
-    assert done.returncode == 0, done.stderr
+    train_here(recipe, f"output.dir={unbroken.path}")
     settings = {1: [], 2: ["training.batch_size=2", "--processes", "2"]}
-    done = run(*FINETUNE, "train", str(recipe), *settings[before])
-    assert done.returncode == 0, done.stderr
+    if before == 1:
+        train_here(recipe)
+    else:
+        done = run(*FINETUNE, "train", str(recipe), *settings[before])
+        assert done.returncode == 0, done.stderr
     for step in (6, 8, 9):
         shutil.rmtree(broken.checkpoints / f"checkpoint-{step}")
     done = run(*FINETUNE, "train", str(recipe), *settings[after], "--resume")
@@ -246,8 +248,7 @@ def test_texts_in_one_process_and_pictures_in_the_other_end_and_learn_alike(
     two, one = RunDir(tmp_path / "two"), RunDir(tmp_path / "one")
     done = run(*FINETUNE, "train", str(recipe), f"output.dir={two.path}", "--processes", "2")
     assert done.returncode == 0, done.stderr
-    done = run(*FINETUNE, "train", str(recipe), f"output.dir={one.path}", "training.batch_size=2")
-    assert done.returncode == 0, done.stderr
+    train_here(recipe, f"output.dir={one.path}", "training.batch_size=2")
     losses = [[line["loss"] for line in figures(each)] for each in (two, one)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 

@@ -29,7 +29,7 @@ from finetune.recipe import ModelSection, load_recipe
 from finetune.rundir import RunDir, read_json, write_json
 from finetune.trainer import VisionSFTTrainer
 from finetune.training import prepare
-from tests.commands import FINETUNE, TORCHRUN, figures, run, write_texts_and_one_picture
+from tests.commands import FINETUNE, TORCHRUN, figures, run, train_here, write_texts_and_one_picture
 from tests.families import CHECKPOINTS
 
 THIS = [*TORCHRUN, "-m", "tests.test_sharding"]
@@ -180,8 +180,7 @@ def test_a_run_in_shares_is_the_run_of_one_process(
     )
     one, two = RunDir(tmp_path / "one"), RunDir(tmp_path / "two")
     words = ["train", str(recipe), *settings]
-    done = run(*FINETUNE, *words, f"output.dir={one.path}", "training.batch_size=4")
-    assert done.returncode == 0, done.stderr
+    train_here(recipe, *settings, f"output.dir={one.path}", "training.batch_size=4")
     done = run(*THIS, *words, f"output.dir={two.path}", IN_SHARES)
     assert done.returncode == 0, done.stderr
     # which accelerate writes of a model in shares alone
@@ -213,8 +212,7 @@ def test_texts_in_one_process_and_pictures_in_the_other_end_in_shares_too(
     two, one = RunDir(tmp_path / "two"), RunDir(tmp_path / "one")
     done = run(*THIS, "train", str(recipe), f"output.dir={two.path}", IN_SHARES)
     assert done.returncode == 0, done.stderr
-    done = run(*FINETUNE, "train", str(recipe), f"output.dir={one.path}", "training.batch_size=2")
-    assert done.returncode == 0, done.stderr
+    train_here(recipe, f"output.dir={one.path}", "training.batch_size=2")
     losses = [[line["loss"] for line in figures(each)] for each in (two, one)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
