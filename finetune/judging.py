@@ -26,6 +26,7 @@ from finetune.rundir import PREDICTIONS, THUMBNAILS, replacing, write_jsonl
 from finetune.sides import Side
 
 THUMBNAIL_EDGE_PX = 320
+MAX_PNG_BYTES = 50_000
 JPEG_QUALITY = 80
 
 
@@ -141,11 +142,13 @@ def _save_thumbnails(row: Row, folder: Path, number: int) -> list[str]:
 
 
 def encoded(image: Image.Image) -> tuple[str, bytes]:
-    """How the file's name ends, and its bytes: as PNG, or where that is smaller, as of photographs,
+    """How the file's name ends, and its bytes: as PNG, or where that is large, as of photographs,
     as JPEG.
     """
-    files = {"png": BytesIO(), "jpg": BytesIO()}
-    image.save(files["png"], "png")
-    image.save(files["jpg"], "jpeg", quality=JPEG_QUALITY)
-    ending = min(files, key=lambda each: len(files[each].getbuffer()))
-    return ending, files[ending].getvalue()
+    file = BytesIO()
+    image.save(file, "png")
+    if len(file.getbuffer()) <= MAX_PNG_BYTES:
+        return "png", file.getvalue()
+    file = BytesIO()
+    image.save(file, "jpeg", quality=JPEG_QUALITY)
+    return "jpg", file.getvalue()
