@@ -17,6 +17,11 @@ def process() -> tuple[int, int]:
     return state.process_index, state.num_processes
 
 
+def processes_here() -> int:
+    """How many there are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or process()[1])
+
+
 def is_first() -> bool:
     """Whether this is the one process that writes and prints."""
     return process()[0] == 0

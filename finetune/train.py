@@ -38,6 +38,7 @@ from finetune.processes import (
     is_first,
     lists_of_all,
     process,
+    processes_here,
     wait_for_all,
 )
 from finetune.recipe import Recipe, dump_recipe, recipe_warnings
@@ -141,7 +142,7 @@ def train(
         if stop.exit_code is not None:
             console.print(
                 f"stopped at step {done.stopped_at}; go on with: finetune train {source} --resume"
-                + (f" --processes {process()[1]}" if process()[1] > 1 else ""),
+                + (f" --processes {processes_here()}" if process()[1] > 1 else ""),
                 soft_wrap=True,
             )
             if is_first():

@@ -162,12 +162,12 @@ def run_trainer(
     except StepsAreOverError:
         trainer.end_without_steps()
     except OutOfMemoryError as error:
-        raise ModelError(f"{error}. {_what_helps(prepared.recipe, console)}") from error
+        raise ModelError(f"{error}. {what_helps(prepared.recipe, console)}") from error
     except torch.OutOfMemoryError as error:
         step, told = trainer.state.global_step + 1, str(error).partition("\n")[0]
         raise ModelError(
             f"step {step}: out of memory beside the batches, in the optimizer or an evaluation "
-            f"({told}). {_what_helps(prepared.recipe, console)}"
+            f"({told}). {what_helps(prepared.recipe, console)}"
         ) from error
     except RuntimeError as error:
         if "DataLoader worker (pid" not in str(error):
@@ -203,7 +203,7 @@ def _page_of(prepared: Prepared, rows: Rows) -> Callable[[Sequence[BatchRow], Pa
     return write
 
 
-def _what_helps(recipe: Recipe, console: Console) -> str:
+def what_helps(recipe: Recipe, console: Console) -> str:
     """The settings that would take less memory, as `finetune plan` finds them for this card."""
     may_split = (
         recipe.training.on_oom == "stop"
@@ -221,11 +221,12 @@ def _what_helps(recipe: Recipe, console: Console) -> str:
     console.print("out of memory: planning what would fit", soft_wrap=True)
     ways = []
     with suppress(Exception):  # a fault in planning must not take the place of the message
-        ways = ways_to_fit(Planner.of_recipe(recipe, Console(quiet=True)), size)
+        found = ways_to_fit(Planner.of_recipe(recipe, Console(quiet=True)), size)
+        ways = [way for way in found if way.fits]
     if not ways:
         return general + split
-    found = "; ".join(f"{way.in_words()} ({way.peak_bytes / 2**30:.1f} GiB)" for way in ways[:4])
-    return f"By finetune plan, start again with one of these: {found}.{split}"
+    told = "; ".join(f"{way.in_words()} ({way.peak_bytes / 2**30:.1f} GiB)" for way in ways[:4])
+    return f"By finetune plan, start again with one of these: {told}.{split}"
 
 
 def answer_figures(

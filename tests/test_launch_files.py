@@ -441,6 +441,7 @@ def test_two_launchers_that_find_each_other_train_one_run_and_end_it_together(
         launcher.send_signal(signal.SIGUSR1)
     ended = [launcher.communicate(timeout=180)[1] for launcher in launchers]
     assert [launcher.returncode for launcher in launchers] == [75, 75], ended
+    assert "".join(ended).count("--resume --processes 1\n") == 1  # on each, and told by the first
     assert read_json(RunDir(tmp_path / "run").environment)["num_processes"] == 2
     assert len(list((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))) == 1
 

@@ -7,15 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 from finetune.data.collate import BatchRow
 from finetune.errors import ModelError, RecipeError
 from finetune.out_of_memory import apart_from_others, out_of_memory, told_apart
+from finetune.planning import Planner, needed_bytes
 from finetune.recipe import load_recipe
 from finetune.requirements import refuse_what_cannot_run
 from finetune.rundir import RunDir
 from finetune.train import train
+from finetune.training import what_helps
 
 
 @pytest.fixture
@@ -166,3 +169,17 @@ def test_split_is_refused_for_a_stream(dataset: Callable[..., Path], tmp_path: P
     recipe = str(dataset(num_eval=0))
     with pytest.raises(RecipeError, match="split reads the rows of a batch again"):
         load_recipe(recipe, ["training.on_oom=split", "data.train.0.streaming=true"])
+
+
+def test_on_a_card_it_is_told_what_plan_would_change(
+    dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(dataset(training={"batch_size": 8, "gradient_checkpointing": False}))
+    heaviest = Planner.of_recipe(recipe, Console(quiet=True)).plan().worst.memory
+    size = needed_bytes(heaviest, "cuda") - 1_000_000
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, size))
+    with monkeypatch.context() as card:
+        card.setattr(torch.cuda, "is_available", lambda: True)
+        words = what_helps(recipe, Console(quiet=True))
+    assert words.startswith("By finetune plan, start again with one of these: ")
+    assert "training.batch_size" in words
