@@ -103,19 +103,19 @@ def train(
         given = [flag for flag, is_set in flags.items() if is_set]
         raise typer.Exit(launch(["train", recipe, *overrides, *given], processes))
     end_with_the_launcher()  # before an import of seconds, in which it may be killed
+    from finetune.processes import part
     from finetune.train import train as run_train
 
-    command = shlex.join([recipe, *overrides])
-    raise typer.Exit(
-        run_train(
-            loaded,
-            command,
-            resume=resume,
-            overwrite=overwrite,
-            dry_run=dry_run,
-            worst_first=worst_first,
-        )
+    exit_code = run_train(
+        loaded,
+        shlex.join([recipe, *overrides]),
+        resume=resume,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        worst_first=worst_first,
     )
+    part()
+    raise typer.Exit(exit_code)
 
 
 @app.command()

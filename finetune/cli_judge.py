@@ -44,12 +44,14 @@ def evaluate(
     folder = run_folder(run)
     from finetune.evaluate import Asked
     from finetune.evaluate import evaluate as run_evaluate
-    from finetune.processes import is_first
+    from finetune.processes import is_first, part
     from finetune.tables import figures_table, results_console
 
     asked = Asked(data or (), suite, _named(metrics), base, merged, settings or (), name)
     done = run_evaluate(folder, asked)
-    if not is_first():
+    shows = is_first()
+    part()
+    if not shows:
         return
     if as_json:
         print(json.dumps(done.figures))

@@ -48,6 +48,14 @@ def wait_for_all() -> None:
         _state().wait_for_everyone()
 
 
+def part() -> None:
+    """Close what joins the processes, when the work is done. Left to the interpreter's end, one of
+    its threads may ask for the interpreter by then, is ended by force, and the process aborts.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 @contextmanager
 def first_before_others() -> Iterator[None]:
     """The block is run by the first process, then by the others, which find what it kept."""

@@ -296,6 +296,7 @@ if __name__ == "__main__":
             take_a_step(*paths, rank=this, num_processes=torch.distributed.get_world_size())
         else:
             pass_without_gradients(*paths, rank=this)
+        torch.distributed.destroy_process_group()
     else:
         from finetune.cli import main
 
