@@ -55,6 +55,13 @@ def sides_of(adapted: Any, encoder: Encoder, folder: Path) -> dict[str, Side]:
     return {"base": sides.base, "adapter": sides.adapter}
 
 
+@pytest.fixture
+def sides(nano_model: Any, encoder: Encoder, tmp_path: Path) -> dict[str, Side]:
+    """Base and an adapter that changes nothing yet."""
+    adapted = add_adapter(nano_model, FAMILIES["idefics2"], AdapterSection(), "nano")
+    return sides_of(adapted, encoder, tmp_path)
+
+
 def judged(
     sides: dict[str, Side], rows: list[Row], settings: EvaluationSection, run: RunDir
 ) -> Judgement:
@@ -114,17 +121,14 @@ def test_the_base_answers_without_the_adapter_and_the_adapter_with_it(
 
 
 def test_figures_are_means_over_the_rows_judged(
-    nano_model: Any,
-    encoder: Encoder,
+    sides: dict[str, Side],
     rows: list[Row],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     given = (["answer 0", "x", "x"], ["answer 0", "answer 1", "y"])
     monkeypatch.setattr("finetune.judging.ask_rows", answering(*given))
-    adapted = add_adapter(nano_model, FAMILIES["idefics2"], AdapterSection(), "nano")
     settings = EvaluationSection(metrics=("exact_match",), max_rows=3)
-    sides = sides_of(adapted, encoder, tmp_path)
     figures = judged(sides, rows, settings, RunDir(tmp_path)).figures()
     likely = {"loss": 0.5, "perplexity": pytest.approx(math.exp(0.5))}
     assert figures["base"] == {"exact_match": pytest.approx(1 / 3), **likely}
@@ -134,8 +138,7 @@ def test_figures_are_means_over_the_rows_judged(
 
 
 def test_any_of_the_references_counts_as_right(
-    nano_model: Any,
-    encoder: Encoder,
+    sides: dict[str, Side],
     rows: list[Row],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -144,16 +147,14 @@ def test_any_of_the_references_counts_as_right(
     several = replace(last, references=("answer 0", "first answer"))
     row = replace(rows[0], conversation=Conversation((*before, several)))
     monkeypatch.setattr("finetune.judging.ask_rows", answering(["first answer"], ["another"]))
-    adapted = add_adapter(nano_model, FAMILIES["idefics2"], AdapterSection(), "nano")
     run, settings = RunDir(tmp_path), EvaluationSection(metrics=("exact_match",))
-    figures = judged(sides_of(adapted, encoder, tmp_path), [row], settings, run).figures()
+    figures = judged(sides, [row], settings, run).figures()
     assert (figures["base"]["exact_match"], figures["adapter"]["exact_match"]) == (1.0, 0.0)
     assert read_jsonl(run.predictions)[0]["references"] == ["answer 0", "first answer"]
 
 
 def test_pictures_are_kept_of_the_first_rows_of_each_kind(
-    nano_model: Any,
-    encoder: Encoder,
+    sides: dict[str, Side],
     rows: list[Row],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -163,9 +164,8 @@ def test_pictures_are_kept_of_the_first_rows_of_each_kind(
     many = [rows[1]] * 5
     given = (["wrong"] * 4 + ["answer 1"], ["wrong"] * 5)
     monkeypatch.setattr("finetune.judging.ask_rows", answering(*given))
-    adapted = add_adapter(nano_model, FAMILIES["idefics2"], AdapterSection(), "nano")
     run, settings = RunDir(tmp_path / "run"), EvaluationSection(metrics=("exact_match",))
-    judged(sides_of(adapted, encoder, tmp_path), many, settings, run)
+    judged(sides, many, settings, run)
     kept = [len(line.get("images", [])) for line in read_jsonl(run.predictions)]
     assert kept == [1, 1, 0, 0, 1]
 
