@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -505,6 +506,31 @@ def test_files_of_other_settings_and_a_lost_sum_are_counted(cache: VisionCache) 
         assert writer.num_bytes() <= 5 * FILE_BYTES
     writer.close()
     assert writer.num_kept == 4
+
+
+def test_an_eviction_while_bytes_are_counted_does_not_count_twice(
+    cache: VisionCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counting = CacheWriter(cache, GIB)
+    for number in range(3):
+        counting.write(key(number), features(number))
+    counted = counting.num_bytes()
+    time.sleep(0.01)
+    evicting = CacheWriter(cache, counted + FILE_BYTES // 4)  # one has to go for another
+    walked = counting._files  # pyright: ignore[reportPrivateUsage]
+
+    def slowly() -> Iterator[tuple[int, Path, int]]:
+        oldest = min(walked())
+        yield oldest
+        thread = threading.Thread(target=evicting.write, args=(key(9), features(9)))
+        thread.start()
+        thread.join(0.5)
+        yield from (file for file in walked() if file[1] != oldest[1])
+
+    monkeypatch.setattr(counting, "_files", slowly)
+    assert counting.num_bytes() == counted
+    evicting.close()
+    counting.close()
 
 
 KILLED = """

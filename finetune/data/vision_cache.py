@@ -206,7 +206,14 @@ class CacheWriter:
             raise self._fault
 
     def num_bytes(self) -> int:
-        """Of all files in `root`, by other processes and of other settings, too."""
+        """Of all files in `root` at one moment, by other processes and of other settings, too."""
+        try:
+            with self._lock:  # one evicted and one written while they are counted would both count
+                return self._sum()
+        except OSError:  # the folder may only be read
+            return self._sum()
+
+    def _sum(self) -> int:
         return sum(size for _, _, size in self._files())
 
     def _write_all(self) -> None:
