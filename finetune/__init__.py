@@ -20,7 +20,8 @@ on that line, and from any line above it in this list; never from a line below.
     data.containers.cached  data.containers.compressed  data.containers.json_rows
     data.containers.delimited  data.containers.documents  data.containers.tar_shards
     data.containers.image_folders  data.containers.arrow  data.containers.hub
-    data.containers.kinds  data.containers.streams  data.containers.opening  data.containers
+    data.containers.kinds  data.containers.shards  data.containers.streams
+    data.containers.opening  data.containers
     data.sources  data.stamps  data.vision_cache  data.pictures  data.examples
     data.examination  data.examined
     data.gathering  data.batches  data.heaviest  data.sampling
