@@ -1,10 +1,13 @@
 """`finetune compare`: several runs on the rows that all of them were judged on."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from finetune.errors import DataError, RunDirError
 from finetune.metrics import Measured, differences, measure
@@ -69,8 +72,18 @@ def compare(
     references = [list(row[2]) for row in shared]
     given = {"base": [answers[names[0]][row]["base"] for row in shared]}
     given |= {run: [each[row]["adapter"] for row in shared] for run, each in answers.items()}
+    num_tokens = {tuple(each.num_tokens for each in rows) for rows in given.values()}
+    has_losses = len(num_tokens) == 1 and None not in num_tokens.pop()
     return Compared(
-        {run: measure(texts, references, chosen) for run, texts in given.items()},
+        {
+            run: measure(
+                [each.text for each in rows],
+                references,
+                chosen,
+                np.array([(each.loss, each.num_tokens) for each in rows]) if has_losses else None,
+            )
+            for run, rows in given.items()
+        },
         len(shared),
         {run: len(each) - len(shared) for run, each in answers.items()},
     )
@@ -90,7 +103,18 @@ def _names(runs: Sequence[RunDir]) -> list[str]:
 Place = tuple[str, str, tuple[str, ...], int]
 
 
-def _answers(run: RunDir, name: str | None) -> dict[Place, dict[str, Any]]:
+@dataclass(frozen=True)
+class _Answer:
+    """A model's own words; of the reference's tokens the loss, summed, NaN where it was no number,
+    and how many they are, where that is known.
+    """
+
+    text: str
+    loss: float
+    num_tokens: int | None
+
+
+def _answers(run: RunDir, name: str | None) -> dict[Place, dict[str, _Answer]]:
     file = run.evaluations / name / PREDICTIONS if name else run.predictions
     rows = read_jsonl(file)
     if not rows:
@@ -101,7 +125,7 @@ def _answers(run: RunDir, name: str | None) -> dict[Place, dict[str, Any]]:
     for number, row in enumerate(rows, start=1):
         try:
             place = Path(row["where"]).name, row["question"], tuple(row["references"])
-            found[*place, seen[place]] = {"base": row["base"], "adapter": row["adapter"]}
+            found[*place, seen[place]] = {who: _answer(row, who) for who in ("base", "adapter")}
         except (KeyError, TypeError) as error:
             raise RunDirError(
                 f"{file}:{number}: lacks what a row of both base and adapter has ({error}); "
@@ -109,3 +133,9 @@ def _answers(run: RunDir, name: str | None) -> dict[Place, dict[str, Any]]:
             ) from error
         seen[place] += 1
     return found
+
+
+def _answer(row: dict[str, Any], who: str) -> _Answer:
+    num_tokens = row.get("num_learnt_tokens")
+    loss = row["scores"][who].get("loss", math.nan) * num_tokens if num_tokens else math.nan
+    return _Answer(row[who], loss, num_tokens)

@@ -75,17 +75,18 @@ def judge(
     references = [list(row.conversation.references()) for row in rows]
     # a side with a vocabulary of its own parts the same text into other tokens
     num_learnt = {tuple(each.num_tokens for each in given) for given in answers.values()}
+    shared = num_learnt.pop() if len(num_learnt) == 1 else None
     measured = {
         who: measure(
             [each.text for each in given],
             references,
             settings.metrics,
-            losses_of(given) if len(num_learnt) == 1 else None,
+            losses_of(given) if shared else None,
         )
         for who, given in answers.items()
     }
     if is_first():
-        _write(folder, rows, references, answers, measured)
+        _write(folder, rows, references, answers, measured, shared)
         shutil.rmtree(partial, ignore_errors=True)
     return Judgement(measured, len(rows))
 
@@ -101,6 +102,7 @@ def _write(
     references: Sequence[list[str]],
     answers: Mapping[str, Sequence[Answer]],
     measured: Mapping[str, Measured],
+    num_learnt: Sequence[int] | None,
 ) -> None:
     scores = {who: each.scores() for who, each in measured.items()}
     seen: Counter[str] = Counter()
@@ -114,6 +116,7 @@ def _write(
                 "references": references[i],
                 **{who: given[i].text for who, given in answers.items()},
                 "scores": {who: scores[who][i] for who in answers},
+                **({"num_learnt_tokens": num_learnt[i]} if num_learnt else {}),
                 "views": [given[i].views for given in answers.values()][-1],
             }
             seen[status_of(line)] += 1

@@ -60,7 +60,7 @@ def compared_table(found: Mapping[str, Any]) -> Table:
     """A row a run, a column a metric; in brackets 95% intervals, below them the difference to the
     first run, with its paired interval, and what that says.
     """
-    first, metrics = found["first"], list(found["figures"][found["first"]])
+    first, metrics = found["first"], list(found["intervals"][found["first"]])
     table = Table(show_lines=True, pad_edge=False)
     table.add_column("")
     for metric in metrics:
@@ -68,10 +68,11 @@ def compared_table(found: Mapping[str, Any]) -> Table:
     for name, figures in found["figures"].items():
         cells = [f"base of {first}" if name == "base" else name]
         for metric in metrics:
-            cell = _on_two_lines(figures[metric], found["intervals"][name][metric])
+            cell = _on_two_lines(figures.get(metric), found["intervals"][name][metric])
             against = found["differences"].get(name, {}).get(metric)
-            if against:
-                gain = figures[metric] - found["figures"][first][metric]
+            reached = found["figures"][first]
+            if against and metric in figures and metric in reached:  # not a loss that is no number
+                gain = figures[metric] - reached[metric]
                 cell += f"\n{with_interval(gain, against['interval'], '+')}\n{against['verdict']}"
             cells.append(cell)
         table.add_row(*cells)

@@ -1,6 +1,7 @@
 """`finetune compare`, on runs written by hand."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -60,6 +61,39 @@ def test_runs_are_compared_on_the_rows_they_share(tmp_path: Path) -> None:
     assert "better: 5 rows left out" in shown
     by_letters = compare([first.path, paths[1]], ["cer"])
     assert set(by_letters.measured["first"].columns) == {"cer"}
+
+
+def with_losses(run: RunDir, losses: list[float | None], num_tokens: list[int]) -> None:
+    rows = [
+        row
+        | {"num_learnt_tokens": count}
+        | {"scores": {"base": {"loss": 2.0}, "adapter": {} if loss is None else {"loss": loss}}}
+        for row, loss, count in zip(read_jsonl(run.predictions), losses, num_tokens, strict=True)
+    ]
+    write_jsonl(run.predictions, rows)
+
+
+def test_loss_and_perplexity_stand_beside_where_tokens_are_as_many(tmp_path: Path) -> None:
+    names = ["first", "better", "diverged", "other"]
+    runs = {name: run_with(tmp_path / name, ["right", "wrong"]) for name in names}
+    with_losses(runs["first"], [1.0, 0.5], [1, 3])
+    with_losses(runs["better"], [0.5, 0.25], [1, 3])
+    with_losses(runs["diverged"], [0.5, None], [1, 3])
+    with_losses(runs["other"], [0.5, 0.25], [2, 3])
+    paths = {name: str(run.path) for name, run in runs.items()}
+    found = compare([paths[name] for name in names[:3]]).to_json()
+    assert found["figures"]["base"]["loss"] == 2.0
+    assert found["figures"]["first"]["loss"] == (1.0 + 3 * 0.5) / 4
+    assert found["figures"]["better"]["loss"] == (0.5 + 3 * 0.25) / 4
+    assert found["figures"]["better"]["perplexity"] == pytest.approx(math.exp(0.3125))
+    assert found["figures"]["diverged"].keys() == {"exact_match"}
+    for order in (["better", "diverged"], ["diverged", "better"]):
+        done = CliRunner().invoke(app, ["compare", *(paths[name] for name in order)])
+        assert done.exit_code == 0
+        assert "0.312" in done.stdout
+    assert set(compare([paths["first"], paths["other"]]).measured["first"].columns) == {
+        "exact_match"
+    }
 
 
 def test_rows_that_are_told_apart_by_nothing_are_all_counted(tmp_path: Path) -> None:

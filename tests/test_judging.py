@@ -117,6 +117,10 @@ def test_the_base_answers_without_the_adapter_and_the_adapter_with_it(
     assert [len(line["images"]) for line in lines] == [0, 1, 2, 0]
     assert [[len(views) for views in line["views"]] for line in lines] == [[], [1], [1, 1], []]
     assert lines[1]["views"] == [[[0, 0, 56, 56, 56, 56]]]
+    counts = [line["num_learnt_tokens"] for line in lines]
+    for who in ("base", "adapter"):
+        summed = sum(line["scores"][who]["loss"] * n for line, n in zip(lines, counts, strict=True))
+        assert summed / sum(counts) == pytest.approx(judgement.figures()[who]["loss"])
     assert judgement.num_rows == 4
 
 
