@@ -97,10 +97,6 @@ def refuse_other_processes(
     if before.num_processes == num_processes:
         return
     begun = f"{run.path}: was begun in {_in_words(before.num_processes)}"
-    if (recipe.training.distributed or "").startswith("zero"):
-        raise RunDirError(
-            f"{begun}, and DeepSpeed cannot share the optimizer's state out anew: resume in as many"
-        )
     if recipe.training.max_steps is not None:
         return
     if first.rows_a_step is not None and first.rows_a_step != now.rows_a_step:

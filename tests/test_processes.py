@@ -192,16 +192,6 @@ def test_epochs_go_on_in_as_many_rows_a_step_alone_and_the_settings_are_named(
     refuse_other_processes(steps, begun(steps, tmp_path, before), after, same_number_of_steps=False)
 
 
-def test_the_states_of_deepspeed_are_not_shared_out_anew(
-    dataset: Callable[..., Path], tmp_path: Path
-) -> None:
-    recipe = load_recipe(dataset(), ["training.distributed=zero2"])
-    run_of_two = begun(recipe, tmp_path, 2)
-    refuse_other_processes(recipe, run_of_two, 2, same_number_of_steps=True)
-    with pytest.raises(RunDirError, match="begun in 2 processes, and DeepSpeed cannot share"):
-        refuse_other_processes(recipe, run_of_two, 4, same_number_of_steps=True)
-
-
 def test_a_process_has_another_share_of_a_step_in_another_number_of_them_alone(
     dataset: Callable[..., Path], tmp_path: Path
 ) -> None:
