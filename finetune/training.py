@@ -169,12 +169,14 @@ def run_trainer(
             f"step {step}: out of memory beside the batches, in the optimizer or an evaluation "
             f"({told}). {what_helps(prepared.recipe, console)}"
         ) from error
-    except RuntimeError as error:
-        if "DataLoader worker (pid" not in str(error):
+    except (RuntimeError, EOFError, ConnectionError) as error:
+        # the last two where it was killed as it handed over a batch, and torch finds it alive still
+        is_cut_off = not isinstance(error, RuntimeError) and prepared.recipe.training.num_workers
+        if not is_cut_off and "DataLoader worker (pid" not in str(error):
             raise
         raise DataError(
-            f"a loading process was killed ({error}): most often the memory, or /dev/shm, was "
-            "full; lower training.num_workers, and go on with --resume"
+            f"a loading process was killed ({str(error) or 'it no longer answers'}): most often "
+            "the memory, or /dev/shm, was full; lower training.num_workers, and go on with --resume"
         ) from error
     finally:
         trainer.settle()

@@ -29,6 +29,7 @@ from PIL import Image
 
 from finetune.data.containers import (
     Container,
+    Stream,
     cached,
     cleaning,
     documents,
@@ -39,7 +40,7 @@ from finetune.data.containers import (
     open_hub,
     open_hub_stream,
     open_stream,
-    streams,
+    shards,
 )
 from finetune.data.containers.files import FileStamp
 from finetune.data.images import load_image
@@ -224,6 +225,15 @@ STREAMED = [
 ]
 
 
+def deals_whole_files(stream: Stream, num_consumers: int) -> bool:
+    """Whether no file's rows come to two consumers."""
+    files_of = [
+        {where.rpartition(":")[0] for where, _ in stream.iterate(consumer, num_consumers)}
+        for consumer in range(num_consumers)
+    ]
+    return sum(map(len, files_of)) == len(set().union(*files_of))
+
+
 @pytest.mark.parametrize("name", STREAMED)
 def test_every_row_goes_to_one_consumer_and_skip_resumes(name: str, tmp_path: Path) -> None:
     path = write(name, tmp_path / "data")
@@ -241,7 +251,7 @@ def test_every_row_goes_to_one_consumer_and_skip_resumes(name: str, tmp_path: Pa
                 assert rest == [row for _, row in mine[skip:]]
             dealt += mine
             sizes.append(len(mine))
-        assert stream.deals_whole_shards(count) or max(sizes) - min(sizes) <= 1
+        assert deals_whole_files(stream, count) or max(sizes) - min(sizes) <= 1
         assert sorted(dealt, key=lambda pair: expected.index(pair)) == expected
 
 
@@ -271,17 +281,17 @@ def test_a_compressed_archive_is_not_streamed(tmp_path: Path) -> None:
 def test_whole_shards_are_dealt_out_only_where_that_is_even(tmp_path: Path) -> None:
     for i in range(4):
         (tmp_path / f"{i}.jsonl").write_bytes(jsonl(ROWS))
-    stream = open_stream(tmp_path)
-    assert [stream.deals_whole_shards(n) for n in range(1, 6)] == [True, True, False, True, False]
+    whole = [deals_whole_files(open_stream(tmp_path), count) for count in range(1, 6)]
+    assert whole == [True, True, False, True, False]
     (tmp_path / "3.jsonl").write_bytes(jsonl(ROWS[:1]))
-    assert not open_stream(tmp_path).deals_whole_shards(4)
+    assert not deals_whole_files(open_stream(tmp_path), 4)
 
 
 def test_skipped_rows_are_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "rows.jsonl").write_bytes(jsonl(ROWS))
     stream = open_stream(tmp_path / "rows.jsonl")
     decoded = []
-    monkeypatch.setattr(streams.json_text, "parse_json", decoded.append)
+    monkeypatch.setattr(shards.json_text, "parse_json", decoded.append)
     list(stream.iterate(0, 1, skip=5))
     assert len(decoded) == 2
 

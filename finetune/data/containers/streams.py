@@ -83,10 +83,6 @@ class Stream:
                 return Reading(shards[consumer::num_consumers], 1, start or Place(0, 0, 0), skip)
         return Reading(self._shards, num_consumers, start or Place(0, 0, consumer), skip)
 
-    def deals_whole_shards(self, num_consumers: int) -> bool:
-        """Whether each shard goes to one consumer, who alone reads it."""
-        return _is_even(self._shards, num_consumers)
-
     @cached_property
     def _parts(self) -> list[Shard]:
         return [part for shard in self._shards for part in shard.parts()]
