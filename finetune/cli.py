@@ -2,6 +2,7 @@
 answers at once.
 """
 
+import atexit
 import errno
 import json
 import logging
@@ -11,18 +12,39 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
 import typer
+import typer.core
 
 from finetune.cli_deploy import RunFolder, deploy_app, run_folder
 from finetune.cli_judge import judge_app
 from finetune.errors import FinetuneError, RecipeError
-from finetune.stopping import stop_means_resume_me
+from finetune.stopping import INTERRUPTED, stop_means_resume_me
 
-SPEAKS_AFTER_SECONDS = 5
+SPEAKS_AFTER_SECONDS = 10
+
+_STOPPED = {
+    "train": "stopped; a run that had begun goes on with --resume",
+    "eval": "stopped; the same command goes on with the rows that are left",
+}
+
+
+class _Verbs(typer.core.TyperGroup):
+    """Ctrl-C is told of; typer itself ends without a word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            if not int(os.environ.get("RANK") or 0):
+                told = _STOPPED.get(ctx.invoked_subcommand, "stopped")
+                print(f"\n{told}", file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from None
+
 
 app = typer.Typer(
+    cls=_Verbs,
     name="finetune",
     help="Fine-tune vision-language models from one YAML recipe, and measure whether it helped.",
     no_args_is_help=True,
@@ -318,20 +340,17 @@ def main() -> None:
             _let_others_speak()  # what all processes find, the first one says
         who = f"process {rank}: " if rank else ""
         print(f"error: {who}{_message(error)}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("stopped; a run that had begun goes on with --resume", file=sys.stderr)
-        raise SystemExit(130) from None
+        _end(2)
     except BrokenPipeError:  # `finetune ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except Exception as error:
         if "No space left" in str(error) or "quota exceeded" in str(error).lower():
             # from the system, or in the words of the libraries that write weights
-            print(f"error: the disk is full ({error}); make room, then --resume", file=sys.stderr)
+            print(f"error: the disk is full ({error}); make room, {_again()}", file=sys.stderr)
             raise SystemExit(2) from None
         if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES):
-            print(f"error: {error}; mend the folder, then --resume", file=sys.stderr)
+            print(f"error: {error}; mend the folder, {_again()}", file=sys.stderr)
             raise SystemExit(2) from None
         if int(os.environ.get("WORLD_SIZE") or 1) > 1:
             _let_others_speak()  # most often of one that was lost, and says why
@@ -340,7 +359,24 @@ def main() -> None:
             "error: this is a fault of finetune itself; please report it with the lines above",
             file=sys.stderr,
         )
-        raise SystemExit(1) from None
+        _end(1)
+
+
+def _again() -> str:
+    trains = sys.argv[1:2] == ["train"]
+    return "and go on with --resume" if trains else "and give the command again"
+
+
+def _end(code: int) -> NoReturn:
+    """Of several processes at once, so that the launcher ends the others before they speak, and
+    without the interpreter's end, at which one that has not parted may abort (processes.part).
+    """
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    raise SystemExit(code) from None
 
 
 def _let_others_speak() -> None:

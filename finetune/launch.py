@@ -1,6 +1,7 @@
 """A run in several processes, on this machine or as one of several, by torch's own launcher."""
 
 import ctypes
+import logging
 import os
 import signal
 import sys
@@ -12,6 +13,7 @@ from finetune.errors import RecipeError
 from finetune.stopping import RESUME_ME
 
 _PR_SET_PDEATHSIG = 1
+_SPEAKS_OF_ENDS = "torch.distributed.elastic.multiprocessing.api"
 
 LAUNCHED = "FINETUNE_LAUNCHED"
 """In the environment of the processes, the launcher's process id."""
@@ -53,6 +55,9 @@ def launch(arguments: Sequence[str], num_processes: int) -> int:
         max_restarts=0,
         signals_to_handle="SIGHUP,SIGQUIT",
     )
+    if "LOGLEVEL" not in os.environ:
+        # why a process ended it has said itself, or is said below
+        logging.getLogger(_SPEAKS_OF_ENDS).setLevel(logging.CRITICAL)
     run: Callable[..., Any] = elastic_launch(config, sys.executable)
     with _signals_passed_on() as told:
         try:
@@ -72,6 +77,8 @@ def launch(arguments: Sequence[str], num_processes: int) -> int:
             )
             return 128 - code
         except RendezvousError as error:
+            if told:  # and so were the others: the one that all met at has ended before
+                return 128 + told[0] if told[0] == signal.SIGINT else RESUME_ME
             raise RecipeError(_why_not_met(error, endpoint)) from error
     return 0
 

@@ -1,9 +1,12 @@
 """The command started as users start it, in processes of its own."""
 
+import itertools
 import os
 import signal
+import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +19,21 @@ from tests.conftest import chat_row, noise, write_rows
 
 FINETUNE = [sys.executable, "-m", "finetune"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+# Below those that the system gives to whoever asks for any, and of this process alone: until a
+# command listens at one, seconds after, nobody else has taken it
+_PORTS = itertools.count(20_000 + 8 * os.getpid() % 12_000)
 FIGURES = ("step", "loss", "eval_loss", "grad_norm", "learning_rate", "samples")
 
 
-def run(*command: str, timeout: int = 240) -> subprocess.CompletedProcess[str]:
+def free_port() -> int:
+    """A port on loopback for a command that is yet to start."""
+    while True:
+        with socket.socket() as tried, suppress(OSError):
+            tried.bind(("127.0.0.1", port := next(_PORTS)))
+            return port
+
+
+def run(*command: str, timeout: int = 600) -> subprocess.CompletedProcess[str]:
     """A command in a group of its own, ended whole where it hangs."""
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(

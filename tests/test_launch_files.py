@@ -9,7 +9,6 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from socket import socket
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,7 +37,7 @@ from finetune.processes import engine
 from finetune.recipe import load_recipe, recipes_dir, shipped_recipes
 from finetune.requirements import refuse_a_lonely_launch
 from finetune.rundir import RunDir, read_json
-from tests.commands import FINETUNE, run
+from tests.commands import FINETUNE, free_port, run
 
 KINDS = {
     "ddp": DistributedType.MULTI_GPU,
@@ -339,6 +338,21 @@ def test_machines_that_do_not_meet_are_told_where_they_should_have(
     assert told in str(found.value)
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_machines_of_which_one_ends_before_the_others_are_all_to_be_started_again(
+    number: int, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All were told to stop, and the first to end was the one that they met at."""
+
+    def run(*_: str) -> None:
+        os.kill(os.getpid(), number)
+        raise RendezvousConnectionError("it does not answer")
+
+    monkeypatch.setattr("psutil.Process.children", lambda self: [])
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", lambda *_: run)
+    assert launch(["train"], 1) == code
+
+
 def test_an_address_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PET_RDZV_ENDPOINT", "node-1:abc")
     with pytest.raises(RecipeError, match=r"PET_RDZV_ENDPOINT: The port number of .*'node-1:abc'"):
@@ -358,14 +372,14 @@ def test_processes_whose_launcher_is_killed_save_a_checkpoint_and_end(
         start_new_session=True,
     )
     metrics = RunDir(tmp_path / "run").metrics
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and not (metrics.is_file() and metrics.stat().st_size):
         time.sleep(0.1)
     children = psutil.Process(launcher.pid).children()
     assert len(children) == 2
     launcher.kill()
     launcher.wait()
-    _, left = psutil.wait_procs(children, timeout=90)
+    _, left = psutil.wait_procs(children, timeout=300)
     for child in left:
         child.kill()
     assert not left
@@ -419,9 +433,7 @@ def test_two_launchers_that_find_each_other_train_one_run_and_end_it_together(
     """As on two machines, each with one process."""
     training = {"max_steps": 3000, "batch_size": 1, "logging_steps": 1, "save_steps": 1000}
     recipe = dataset(num_eval=0, training=training)
-    with socket() as free:
-        free.bind(("localhost", 0))
-        endpoint = f"localhost:{free.getsockname()[1]}"
+    endpoint = f"localhost:{free_port()}"
     variables = {"PET_NNODES": "2", "PET_RDZV_ENDPOINT": endpoint, "OMP_NUM_THREADS": "1"}
     launchers = [
         subprocess.Popen(
@@ -434,14 +446,15 @@ def test_two_launchers_that_find_each_other_train_one_run_and_end_it_together(
         for _ in range(2)
     ]
     metrics = RunDir(tmp_path / "run").metrics
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and not (metrics.is_file() and metrics.stat().st_size):
         time.sleep(0.1)
     for launcher in launchers:
         launcher.send_signal(signal.SIGUSR1)
-    ended = [launcher.communicate(timeout=180)[1] for launcher in launchers]
+    ended = [launcher.communicate(timeout=300)[1] for launcher in launchers]
     assert [launcher.returncode for launcher in launchers] == [75, 75], ended
     assert "".join(ended).count("--resume --processes 1\n") == 1  # on each, and told by the first
+    assert "exitcode" not in "".join(ended)  # torch's words of it
     assert read_json(RunDir(tmp_path / "run").environment)["num_processes"] == 2
     assert len(list((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))) == 1
 
