@@ -302,6 +302,20 @@ def test_a_view_is_found_again_with_the_size_of_its_picture(
     assert replace(cache, settings="others").find(key(1)) is None
 
 
+def test_a_view_kept_right_after_its_folder_was_looked_at_is_known(
+    cache: VisionCache, writer: CacheWriter
+) -> None:
+    """So soon that the folder still has the time that it had then."""
+    first, second = (f"ab{digit * 30}" for digit in "01")
+    writer.write(f"{first}-30x20-{'0' * 32}", features())
+    assert cache.size_of(first) == (30, 20)
+    folder = cache.path_of(first).parent
+    times = folder.stat().st_atime_ns, folder.stat().st_mtime_ns
+    writer.write(f"{second}-30x20-{'0' * 32}", features())
+    os.utime(folder, ns=times)
+    assert cache.size_of(second) == (30, 20)
+
+
 @pytest.mark.parametrize("damage", ["cut", "changed", "empty", "other"])
 def test_a_damaged_file_is_removed_and_computed_again(
     cache: VisionCache, writer: CacheWriter, damage: str
@@ -445,6 +459,14 @@ def test_what_shapes_no_feature_leads_to_the_same_folder(folder_of: Callable[[st
     assert settings_key(inner, encoder, "connector") != connector
 
 
+def age(cache: VisionCache, *numbers: int) -> None:
+    """As if they had been used in this order, long ago: what is written at once may have one time,
+    by the clock that files have theirs from.
+    """
+    for seconds, number in enumerate(numbers, start=1):
+        os.utime(cache.path_of(key(number)), (seconds, seconds))
+
+
 def test_the_limit_holds_and_what_was_unused_for_longest_goes_first(cache: VisionCache) -> None:
     limit = 10 * FILE_BYTES
     first = CacheWriter(cache, limit)
@@ -453,8 +475,8 @@ def test_the_limit_holds_and_what_was_unused_for_longest_goes_first(cache: Visio
         first.wait()
     first.close()
     assert first.num_kept == 8
+    age(cache, *range(8))
     assert cache.find(key(0)) is not None  # used again, so that 1 is the oldest
-    time.sleep(0.01)
     second = CacheWriter(cache, limit)
     for number in range(8, 13):
         second.put(key(number), features(number))
@@ -486,19 +508,20 @@ def test_a_smaller_limit_than_before_makes_room_at_once(cache: VisionCache) -> N
     for number in range(8):
         writer.put(key(number), features(number))
     writer.close()
-    time.sleep(0.01)
+    age(cache, *range(8))
     smaller = CacheWriter(cache, 3 * FILE_BYTES)
     smaller.close()
     assert 0 < smaller.num_bytes() <= 3 * FILE_BYTES
 
 
 def test_files_of_other_settings_and_a_lost_sum_are_counted(cache: VisionCache) -> None:
-    other = CacheWriter(replace(cache, settings="other"), GIB)
+    others = replace(cache, settings="other")
+    other = CacheWriter(others, GIB)
     for number in range(4):
         other.put(key(number), features(number))
     other.close()
+    age(others, *range(4))
     (cache.root / ".total").write_text("")
-    time.sleep(0.01)
     writer = CacheWriter(cache, 5 * FILE_BYTES)
     for number in range(4):
         writer.put(key(number), features(number))
@@ -515,20 +538,22 @@ def test_an_eviction_while_bytes_are_counted_does_not_count_twice(
     for number in range(3):
         counting.write(key(number), features(number))
     counted = counting.num_bytes()
-    time.sleep(0.01)
+    age(cache, *range(3))
     evicting = CacheWriter(cache, counted + FILE_BYTES // 4)  # one has to go for another
     walked = counting._files  # pyright: ignore[reportPrivateUsage]
+    thread = threading.Thread(target=evicting.write, args=(key(9), features(9)))
 
     def slowly() -> Iterator[tuple[int, Path, int]]:
         oldest = min(walked())
         yield oldest
-        thread = threading.Thread(target=evicting.write, args=(key(9), features(9)))
         thread.start()
         thread.join(0.5)
         yield from (file for file in walked() if file[1] != oldest[1])
 
     monkeypatch.setattr(counting, "_files", slowly)
     assert counting.num_bytes() == counted
+    thread.join()
+    assert names(cache) == {key(number) for number in (1, 2, 9)}
     evicting.close()
     counting.close()
 

@@ -35,6 +35,7 @@ _NUM_WRITERS = 4  # digests and files leave the interpreter to others
 _NAME = re.compile(rf"([0-9a-f]{{32}})-(\d+)x(\d+)-[0-9a-f]{{32}}{re.escape(SUFFIX)}")
 # Files that a killed process left unfinished are taken away when they are this old
 _UNFINISHED_SECONDS = 24 * 3600
+_SURE_NS = 2 * 10**9  # no drive tells times more coarsely, FAT's two seconds among them
 _SLACK = 20  # a twentieth of the limit is freed at once, since all files are looked at to free any
 
 
@@ -75,10 +76,13 @@ class VisionCache:
             changed = folder.stat().st_mtime_ns
             if self._looked_at.get(folder) == changed:
                 return
+            # or another file may still come within one tick of the clock that times are told by
+            is_sure = time.time_ns() - changed > _SURE_NS
             for path in folder.iterdir():
                 if match := _NAME.fullmatch(path.name):
                     self._sizes[match[1]] = int(match[2]), int(match[3])
-            self._looked_at[folder] = changed
+            if is_sure:
+                self._looked_at[folder] = changed
 
     def views(
         self, content: str, size_px: Size, plan: ImagePlan, reduction: int = 1
