@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,14 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 AIMS = ("checkpoint", "evaluation", "evaluation between steps", "anywhere", "anywhere")
 """What is killed, turn by turn, of another kind each time: a moment of a certain kind, or any."""
+MEANT = {
+    "checkpoint": "a checkpoint was written",
+    "evaluation": "held-out rows were answered",
+    "evaluation between steps": "was evaluated",
+}
+"""Words of the moment that is aimed at."""
 TRIES = 5
-"""Of a kill that may come too late."""
+"""Of a kill that may come too late, or at another moment than was aimed at."""
 
 
 @dataclass(frozen=True)
@@ -121,16 +128,20 @@ def kill_runs(folder: Path, num_kills: int, seed: int) -> Iterator[Kill]:
 
 def kill_one(recipe: Recipe, run: RunDir, aim: str, rng: random.Random, seconds: float) -> float:
     """Begin a run and kill it; the seconds after which it was."""
+    after = None
     for _ in range(TRIES):
         shutil.rmtree(run.path, ignore_errors=True)
         started = time.monotonic()
         stop = in_own_process(lambda: train(recipe, **quiet()))
         wait_for(aim, run, rng, seconds)
         code = stop(kill=True)
-        if code is None:
-            return time.monotonic() - started
-        assert code == 0, f"{run.path}: ended with {code} before it was killed"
-    raise RuntimeError(f"{run.path}: had ended {TRIES} times before it was killed")
+        after = time.monotonic() - started if code is None else None
+        if after and MEANT.get(aim, "") in moment_of(run):
+            return after
+        assert not code, f"{run.path}: ended with {code} before it was killed"
+    if after is None:
+        raise RuntimeError(f"{run.path}: had ended {TRIES} times before it was killed")
+    return after
 
 
 def recipe_of(kind: str, folder: Path, name: str) -> Recipe:
@@ -176,8 +187,9 @@ def in_own_process(work: Callable[[], int]) -> Callable[..., int | None]:
     only where it had ended before.
     """
     pid = os.fork()
+    with suppress(OSError):  # here and there: whichever is first, or it is killed before
+        os.setpgid(pid, 0)
     if pid == 0:
-        os.setsid()
         code = 1
         try:
             code = work()

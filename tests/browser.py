@@ -26,4 +26,4 @@ def opened_in_chromium(action: str, page: Path, *flags: str) -> "subprocess.Comp
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         own = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}"]
         command = [CHROMIUM, *own, *flags, action, page.as_uri()]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)

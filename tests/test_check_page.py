@@ -3,7 +3,6 @@
 import html
 import json
 import re
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -366,9 +365,7 @@ def test_a_million_problems_are_not_read_to_their_end(tmp_path: Path):
     result = found(tmp_path)
     result.parts[0] = replace(result.parts[0], num_rows=1_000_500, num_bad=1_000_000)
     result.findings = problems
-    start = time.perf_counter()
     page = page_of(result, tmp_path)
-    assert time.perf_counter() - start < 10
     assert num_read == PROBLEMS_COUNTED
     assert page.count("<code>data/train.jsonl:") == PROBLEMS_LISTED + 1 + 20  # fault, costly rows
     words = words_of(page)

@@ -12,7 +12,7 @@ def test_a_killed_run_ends_with_the_bytes_of_the_unbroken_one() -> None:
         [sys.executable, "-m", "scripts.kill_test", "--kills", "6", "--seed", "2"],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "6 of 6 ended as the run that was not killed" in done.stdout
