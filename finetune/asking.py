@@ -4,6 +4,7 @@ over processes, and gone on with where an earlier attempt was broken off.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from finetune.data.examples import Encoder
 from finetune.data.sources import Row
 from finetune.model.generate import generate_answers
 from finetune.model.loss import sum_losses
+from finetune.out_of_memory import out_of_memory_asking, told_apart
 from finetune.processes import process, wait_for_all
 from finetune.recipe import EvaluationSection
 from finetune.rundir import append_jsonl, read_jsonl
@@ -41,15 +43,19 @@ class Answer:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Rows to ask, what they are long in tokens [N], and a digest of what a model sees of them."""
+    """Rows to ask, what they are long in tokens [N], and keys of what a model sees of them [N]."""
 
     rows: Sequence[Row]
     num_tokens: np.ndarray
-    digest: str
+    keys: np.ndarray
 
     def first(self, num_rows: int | None) -> "HeldOut":
         """The first ones of them; all for None."""
-        return HeldOut(self.rows[:num_rows], self.num_tokens[:num_rows], self.digest)
+        return HeldOut(self.rows[:num_rows], self.num_tokens[:num_rows], self.keys[:num_rows])
+
+    def digest(self) -> str:
+        """SHA-256 over what a model sees of them."""
+        return sha256(self.keys.tobytes()).hexdigest()
 
 
 class KeptAnswers:
@@ -94,7 +100,8 @@ def ask_rows(
 ) -> list[Answer]:
     """An answer a row, in their order; the same ones in every process.
 
-    The longest are asked first, so that memory runs out at once or never. Raises `DataError`.
+    The longest are asked first, so that memory runs out at once or never. Raises `DataError`, and
+    `AskingOutOfMemoryError` where it does.
     """
     rank, num_processes = process()
     found = kept.known(side) if kept else {}
@@ -113,7 +120,13 @@ def ask_rows(
             with side.opened() as model:
                 for numbers in batches_of(own, num_tokens, settings):
                     batch = [with_suffix(rows[i], settings.prompt_suffix) for i in numbers]
-                    answers = _ask(model, encoder, batch, settings)
+                    answers = []
+                    with told_apart() as told:
+                        answers = _ask(model, encoder, batch, settings)
+                    if told:
+                        lengths = num_tokens[numbers].tolist()
+                        places = [row.where for row in batch]
+                        raise out_of_memory_asking(list(zip(places, lengths, strict=True)), *told)
                     found |= zip(numbers, answers, strict=True)
                     if kept:
                         kept.add(side, numbers, answers)

@@ -25,10 +25,6 @@ ENOUGH = 10
 MAX_IN_A_ROW = 10
 MAX_PAGES = 20
 _STATE = "bad_steps.json"
-_ANEW = (  # none of which a resumed run may change
-    "start again with these rows mended, a lower training.learning_rate, a higher "
-    "training.warmup_ratio or model.dtype: float32"
-)
 
 
 @dataclass(frozen=True)
@@ -68,11 +64,13 @@ class BadSteps(TrainerCallback):
         run: RunDir,
         write_page: Callable[[Sequence[BatchRow], Path], None] | None = None,
         tell: Callable[[str], None] = lambda message: None,
+        dtype: str = "bfloat16",
     ):
         """`write_page` shows rows in a file; None where they cannot be shown. `tell` is given a
-        message for each step that is left out.
+        message for each step that is left out. `dtype` is the model's.
         """
         self.tell = tell
+        self.dtype = dtype
         self.settings = settings
         self.folder = run.bad_steps
         self.list = run.bad_steps / "steps.jsonl"
@@ -122,13 +120,20 @@ class BadSteps(TrainerCallback):
         told = self._tell(found)
         if self.settings.bad_loss == "stop":
             go_on = "go on with --resume and training.bad_loss=skip, or " if self._can_skip else ""
-            raise ModelError(f"{told}; {go_on}{_ANEW}")
+            raise ModelError(f"{told}; {go_on}{self._anew('these rows mended')}")
         if self.num_in_a_row >= MAX_IN_A_ROW:
             raise ModelError(
-                f"{told}; it is the {MAX_IN_A_ROW}th in a row: training has diverged; {_ANEW}"
+                f"{told}; it is the {MAX_IN_A_ROW}th in a row: training has diverged; "
+                + self._anew()
             )
         self.tell(f"left out {told}")
         return False
+
+    def _anew(self, *ways: str) -> str:
+        """What else helps, none of which a resumed run may change."""
+        found = [*ways, "a lower training.learning_rate", "a higher training.warmup_ratio"]
+        found += ["model.dtype: float32"] if self.dtype != "float32" else []
+        return f"start again with {', '.join(found[:-1])} or {found[-1]}"
 
     @property
     def _can_skip(self) -> bool:

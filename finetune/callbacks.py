@@ -155,10 +155,14 @@ class Patience(TrainerCallback):
         self.console = console
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask for an evaluation of the last weights, or they could not be the best."""
+        """Ask for an evaluation of the last weights, or they could not be the best; and have the
+        steps logged before one with which the run may end.
+        """
         chooses = self.settings.load_best or self.settings.patience
         if chooses and state.global_step >= state.max_steps:
             control.should_evaluate = True
+        if self.settings.patience and control.should_evaluate:
+            control.should_log = True
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count the evaluations since the best, which a checkpoint's log holds as well."""

@@ -47,7 +47,7 @@ def evaluate(
     from finetune.processes import is_first, part
     from finetune.tables import figures_table, results_console
 
-    asked = Asked(data or (), suite, _named(metrics), base, merged, settings or (), name)
+    asked = Asked(data or (), suite, _named(metrics, "eval"), base, merged, settings or (), name)
     done = run_evaluate(folder, asked)
     shows = is_first()
     part()
@@ -79,7 +79,7 @@ def score(
     from finetune.score import score as run_score
     from finetune.tables import results_console, scores_table
 
-    scored = run_score(file, _named(metrics), field)
+    scored = run_score(file, _named(metrics, "score"), field)
     found = scored.to_json()
     if as_json:
         print(json.dumps(found))
@@ -100,9 +100,18 @@ def compare(
 ) -> None:
     """Several runs in one table, over the rows that all were judged on."""
     from finetune.compare import compare as run_compare
-    from finetune.tables import compared_table, results_console
+    from finetune.tables import compared_table, messages_console, results_console
 
-    compared = run_compare([run_folder(run) for run in runs], _named(metrics), name)
+    folders = [run_folder(run) for run in runs]
+    compared = run_compare(folders, _named(metrics, "compare"), name)
+    for setting, values in compared.asked_otherwise.items():
+        told = ", ".join(f"{json.dumps(value)} in {run}" for run, value in values.items())
+        messages_console().print(
+            f"warning: runs were asked in different ways: {setting} is {told}; a difference may "
+            "come from that",
+            style="yellow",
+            soft_wrap=True,
+        )
     found = compared.to_json()
     if as_json:
         print(json.dumps(found))
@@ -118,5 +127,11 @@ def compare(
             console.print(f"{run}: {count:,} rows left out, which not all runs have")
 
 
-def _named(metrics: str | None) -> list[str]:
-    return [name.strip() for name in metrics.split(",") if name.strip()] if metrics else []
+def _named(metrics: str | None, verb: str) -> list[str]:
+    """What `--metrics` names; nothing without it. Raises `RecipeError`."""
+    if metrics is None:
+        return []
+    from finetune.score import metrics_named
+
+    names = [name.strip() for name in metrics.split(",")]
+    return metrics_named([name for name in names if name], verb=verb)

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 from finetune.errors import DataError, RunDirError
 from finetune.metrics import Measured, differences, measure
 from finetune.recipe import load_recipe
-from finetune.rundir import PREDICTIONS, RunDir, open_run_dir, read_jsonl
+from finetune.rundir import PREDICTIONS, RunDir, open_run_dir, read_json, read_jsonl
 from finetune.score import metrics_named
 
 
@@ -24,6 +24,10 @@ class Compared:
     num_rows: int
     left_out: dict[str, int]
     """Rows of each run that not all of them have."""
+    asked_otherwise: dict[str, dict[str, Any]]
+    """Settings that answers depend on and that are not the same in all runs; of each its value, by
+    run.
+    """
 
     def to_json(self) -> dict[str, Any]:
         """Figures, intervals and the differences to the first run, by run."""
@@ -39,6 +43,7 @@ class Compared:
                 if name != first
             },
             "left_out": self.left_out,
+            "asked_otherwise": self.asked_otherwise,
         }
 
 
@@ -86,7 +91,30 @@ def compare(
         },
         len(shared),
         {run: len(each) - len(shared) for run, each in answers.items()},
+        _asked_otherwise({each: _asked(run, name) for each, run in zip(names, runs, strict=True)}),
     )
+
+
+HOW_ASKED = ("max_new_tokens", "prompt_suffix")
+"""Settings of `evaluation` on which answers depend."""
+
+
+def _asked(run: RunDir, name: str | None) -> dict[str, Any]:
+    """How a run was asked what it answered; empty where that is not known."""
+    if not name:
+        found = load_recipe(run.recipe, check_paths=False).evaluation.model_dump()
+    else:
+        file = run.evaluations / name / run.summary.name
+        found = read_json(file).get("evaluation", {}) if file.is_file() else {}
+    return {key: found[key] for key in HOW_ASKED if key in found}
+
+
+def _asked_otherwise(asked: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    by_setting = {
+        f"evaluation.{key}": {run: each[key] for run, each in asked.items() if key in each}
+        for key in HOW_ASKED
+    }
+    return {key: each for key, each in by_setting.items() if len(set(each.values())) > 1}
 
 
 def _names(runs: Sequence[RunDir]) -> list[str]:

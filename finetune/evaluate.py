@@ -3,11 +3,13 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from finetune.asking import HeldOut
 from finetune.errors import DataError, RecipeError
 from finetune.judging import judge
 from finetune.metrics import packages_needed
@@ -83,12 +85,16 @@ def evaluate(
         "paper": {"metric": suite.metric, "figure": suite.beside()} if suite else None,
     }
     if not own:
-        _refuse_other_figures(folder, json.loads(json.dumps(about)))
+        _refuse_other_figures(folder, about)
     encoder = load_encoder(recipe, console)
     sides = _sides(run, recipe, asked, encoder, console)
     held_out = _held_out(run, recipe, encoder, console)
+    to_ask = held_out.to_ask().first(recipe.evaluation.max_rows)
+    if not own:  # which rows they are is known by now
+        about["rows_sha256"] = _digest(to_ask)
+        _refuse_other_figures(folder, about)
     partial = run.partial if own else folder.with_name(f".{folder.name}.partial")
-    judgement = judge(sides, held_out.to_ask(), recipe.evaluation, folder, partial, console)
+    judgement = judge(sides, to_ask, recipe.evaluation, folder, partial, console)
     figures = judgement.figures()
     by_source = held_out.rows[: judgement.num_rows].num_of_sources()
     if not is_first():
@@ -173,7 +179,9 @@ def _held_out(run: RunDir, recipe: Recipe, encoder: Any, console: Console) -> Pr
             "(data.eval_fraction), and it does not say which data that was, so that trained rows "
             "could be judged as held out; evaluate the run where it was trained"
         )
-    held_out = prepare_held_out(recipe, encoder, cache_of(run.path), console)
+    held_out = prepare_held_out(
+        recipe, encoder, cache_of(run.path), console, max_rows=recipe.evaluation.max_rows
+    )
     assert held_out
     if recipe.data.eval_fraction and held_out.examination.digest() != known:
         raise DataError(
@@ -183,18 +191,37 @@ def _held_out(run: RunDir, recipe: Recipe, encoder: Any, console: Console) -> Pr
     return held_out
 
 
+_WHAT = {
+    "data": "files",
+    "evaluation": "evaluation settings",
+    "rows_sha256": "rows",
+}
+
+
 def _refuse_other_figures(folder: Path, about: dict[str, Any]) -> None:
     """Raise `RecipeError` where the folder holds figures of other rows, metrics or settings, which
     would be lost.
     """
     file = folder / "summary.json"
     stored = read_json(file) if file.is_file() else {}
-    others = [key for key in ("data", "evaluation") if stored and stored.get(key) != about[key]]
+    now = json.loads(json.dumps(about))
+    # what a version before this one did not write is not compared
+    others = [
+        what
+        for key, what in _WHAT.items()
+        if key in stored and key in now and stored[key] != now[key]
+    ]
     if others:
         raise RecipeError(
-            f"{folder}: holds figures of other {' and '.join(others)} settings; give these a "
-            "folder of their own (--name), or remove that one"
+            f"{folder}: holds figures of other {' and '.join(others)}; give these "
+            "a folder of their own (--name), or remove that one"
         )
+
+
+def _digest(asked: HeldOut) -> str:
+    """Of what a model sees of the rows, and of all their references."""
+    references = [row.conversation.references() for row in asked.rows]
+    return sha256(f"{asked.digest()}{json.dumps(references)}".encode()).hexdigest()
 
 
 def _safe(name: str) -> str:

@@ -64,7 +64,7 @@ def judge(
     """
     asked = asked.first(settings.max_rows)
     rows = asked.rows
-    question = f"{asked.digest}:{settings.max_new_tokens}:{settings.prompt_suffix}"
+    question = f"{asked.digest()}:{settings.max_new_tokens}:{settings.prompt_suffix}"
     kept = KeptAnswers(partial, question)
     answers: dict[str, list[Answer]] = {}
     for who, side in sides.items():

@@ -18,6 +18,10 @@ class OutOfMemoryError(ModelError):
     """A batch did not fit, or a single row."""
 
 
+class AskingOutOfMemoryError(ModelError):
+    """Held-out rows did not fit that were to be answered at once; the message says what helps."""
+
+
 @contextmanager
 def told_apart() -> Iterator[list[str]]:
     """Runs the block; where memory ran out in it, the list given has torch's message in it.
@@ -39,15 +43,35 @@ def told_apart() -> Iterator[list[str]]:
 def out_of_memory(step: int, rows: Sequence[BatchRow], told: str) -> OutOfMemoryError:
     """The error for a batch at a step: which rows, how many tokens and views."""
     heaviest = sorted(rows, key=lambda row: (-row.num_views, -row.num_tokens))
-    listed = ", ".join(
-        f"{row.where} ({row.num_tokens:,} tokens, {row.num_views:,} views)" for row in heaviest[:4]
-    )
-    more = f" and {len(rows) - 4} more" if len(rows) > 4 else ""
+    listed = [
+        f"{row.where} ({row.num_tokens:,} tokens, {row.num_views:,} views)" for row in heaviest
+    ]
     tokens, views = (sum(getattr(row, key) for row in rows) for key in ("num_tokens", "num_views"))
     return OutOfMemoryError(
         f"step {step}: out of memory at a batch of {len(rows)} rows, {tokens:,} tokens and "
-        f"{views:,} views: {listed}{more} ({told})"
+        f"{views:,} views: {_first(listed)} ({told})"
     )
+
+
+def out_of_memory_asking(rows: Sequence[tuple[str, int]], told: str) -> AskingOutOfMemoryError:
+    """The error for held-out rows that were answered at once: their places and tokens."""
+    listed = [f"{where} ({num_tokens:,} tokens)" for where, num_tokens in rows]
+    shorter = "horter answers (evaluation.max_new_tokens) take less"
+    if len(rows) > 1:
+        what = f"{len(rows)} held-out rows were"
+        helps = (
+            f"Set evaluation.batch_size below {len(rows)}, or evaluation.batch_tokens, with which "
+            f"a run may also go on (--resume); s{shorter}, too"
+        )
+    else:
+        what, helps = "a held-out row was", f"S{shorter}, and so do smaller images"
+    return AskingOutOfMemoryError(
+        f"out of memory while {what} answered: {_first(listed)} ({told}). {helps}"
+    )
+
+
+def _first(listed: Sequence[str]) -> str:
+    return ", ".join(listed[:4]) + (f" and {len(listed) - 4} more" if len(listed) > 4 else "")
 
 
 class Halving:

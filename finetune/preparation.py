@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -52,8 +52,8 @@ class PreparedRows:
 
     def to_ask(self) -> HeldOut:
         """The rows, to be asked."""
-        keys = self.counts["row_key"].tobytes()
-        return HeldOut(self.rows, self.counts["num_tokens"].astype(int), sha256(keys).hexdigest())
+        counts = self.counts
+        return HeldOut(self.rows, counts["num_tokens"].astype(int), counts["row_key"])
 
     def spans(self) -> list[tuple[int, float]]:
         """Number of rows and weight of each source."""
@@ -127,13 +127,20 @@ def prepare_rows(
 
 
 def prepare_held_out(
-    recipe: Recipe, encoder: Encoder, cache: Path, console: Console
+    recipe: Recipe,
+    encoder: Encoder,
+    cache: Path,
+    console: Console,
+    *,
+    max_rows: int | None = None,
 ) -> PreparedRows | None:
-    """The held-out rows alone, as `prepare_rows` gives them."""
+    """The held-out rows alone, as `prepare_rows` gives them; with `max_rows` the first usable ones
+    of `data.eval`, and those after them are not looked at.
+    """
     data = recipe.data
     if data.eval:
         (sources,) = open_sources([data.eval], data, cache, console)
-        return _prepare(sources, data, encoder, cache, console, "eval")
+        return _prepare(sources, data, encoder, cache, console, "eval", max_rows)
     return prepare_rows(recipe, encoder, cache, console)[1] if data.eval_fraction else None
 
 
@@ -274,20 +281,51 @@ def _prepare(
     cache: Path,
     console: Console,
     what: str,
+    max_rows: int | None = None,
 ) -> PreparedRows:
-    with progress(console, f"checking {what} rows") as on_progress:
-        examination, was_kept = examine_once(sources, encoder, cache, on_progress=on_progress)
+    num_rows = sum(len(source) for source in sources)
+    num_looked_at = min(max_rows or num_rows, num_rows)
+    while True:
+        looked_at = _first_rows(sources, num_looked_at) if max_rows else sources
+        with progress(console, f"checking {what} rows") as on_progress:
+            examination, was_kept = examine_once(looked_at, encoder, cache, on_progress=on_progress)
+        if num_looked_at == num_rows or examination.num_of(USABLE) >= (max_rows or 0):
+            break
+        num_looked_at = min(2 * num_looked_at, num_rows)
     if was_kept:
         console.print(f"{what}: checked before, and the data files have not changed since")
     refuse_fatal(examination, data, what)
-    usable = examination.usable()
+    usable = examination.usable()[:max_rows]
     num_in = len(examination.counts)
     if not len(usable):
         raise DataError(
             f"data.{what}: no usable row is left ({num_in:,} skipped); nothing to work with"
         )
     console.print(f"{what}: {in_words(examination)}", soft_wrap=True)
-    return PreparedRows(Rows(sources, usable), examination.counts[usable], examination)
+    return PreparedRows(Rows(looked_at, usable), examination.counts[usable], examination)
+
+
+class _FirstRows(Source):
+    """So many rows of a source, as if there were no others."""
+
+    def __init__(self, source: Source, num_rows: int):
+        super().__init__(source.container, source.reader)
+        self.num_rows = num_rows
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def identity(self) -> list[Any]:
+        return [*super().identity(), self.num_rows]
+
+
+def _first_rows(sources: Sequence[Source], num_rows: int) -> list[Source]:
+    """The sources with that many rows together, the first ones; none of the later sources."""
+    found = []
+    for source in sources:
+        found.append(_FirstRows(source, min(num_rows, len(source))))
+        num_rows -= len(found[-1])
+    return found
 
 
 def refuse_fatal(examination: Examination, data: DataSection, what: str) -> None:

@@ -14,6 +14,7 @@ from finetune.rundir import RunDir, read_json
 FREE = {
     *("training.num_workers", "training.bad_loss", "training.spike_factor", "training.on_oom"),
     *("data.read_timeout_seconds", "data.read_retries"),
+    *("evaluation.batch_size", "evaluation.batch_tokens"),
 }
 """Settings that a run may go on with otherwise than it was begun: what was learnt so far does not
 depend on them, and they are what helps where a run has ended by a fault.

@@ -31,7 +31,7 @@ from finetune.errors import DataError, ModelError
 from finetune.fitting import ways_to_fit
 from finetune.metrics import measure
 from finetune.model.adapters import base_of
-from finetune.out_of_memory import OutOfMemoryError
+from finetune.out_of_memory import AskingOutOfMemoryError, OutOfMemoryError
 from finetune.planning import Planner
 from finetune.preparation import (
     PreparedRows,
@@ -152,6 +152,7 @@ def run_trainer(
             run,
             None if prepared.streams else _page_of(prepared, rows),
             lambda message: console.print(f"warning: {message}", style="yellow", soft_wrap=True),
+            prepared.recipe.model.dtype,
         ),
     )
     if checkpoint:
@@ -161,13 +162,20 @@ def run_trainer(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except StepsAreOverError:
         trainer.end_without_steps()
+    except AskingOutOfMemoryError as error:
+        raise ModelError(f"evaluation of step {trainer.state.global_step}: {error}") from error
     except OutOfMemoryError as error:
+        if not model.training:  # as the trainer has it in an evaluation alone
+            raise ModelError(
+                f"{error}. These are held-out rows: lower evaluation.batch_size, with which the "
+                "run may go on (--resume)"
+            ) from error
         raise ModelError(f"{error}. {what_helps(prepared.recipe, console)}") from error
     except torch.OutOfMemoryError as error:
         step, told = trainer.state.global_step + 1, str(error).partition("\n")[0]
         raise ModelError(
-            f"step {step}: out of memory beside the batches, in the optimizer or an evaluation "
-            f"({told}). {what_helps(prepared.recipe, console)}"
+            f"step {step}: out of memory beside the batches, most often in the optimizer ({told}). "
+            f"{what_helps(prepared.recipe, console)}"
         ) from error
     except (RuntimeError, EOFError, ConnectionError) as error:
         # the last two where it was killed as it handed over a batch, and torch finds it alive still

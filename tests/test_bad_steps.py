@@ -80,6 +80,20 @@ def test_what_is_advised_is_what_the_recipe_and_resume_allow(
     assert "start again with these rows mended, a lower training.learning_rate" in str(error.value)
 
 
+def test_what_the_recipe_has_already_is_not_advised(tmp_path: Path) -> None:
+    advised = {}
+    for dtype in ("bfloat16", "float32"):
+        bad_steps = BadSteps(TrainingSection(), RunDir(tmp_path), dtype=dtype)
+        with pytest.raises(ModelError) as error:
+            a_step(bad_steps, 1, math.nan)
+        advised[dtype] = str(error.value).partition("start again with ")[2]
+    rows = "these rows mended, a lower training.learning_rate"
+    assert advised == {
+        "bfloat16": f"{rows}, a higher training.warmup_ratio or model.dtype: float32",
+        "float32": f"{rows} or a higher training.warmup_ratio",
+    }
+
+
 def test_a_step_left_out_is_told_without_advice(tmp_path: Path) -> None:
     told: list[str] = []
     bad_steps = BadSteps(TrainingSection(bad_loss="skip"), RunDir(tmp_path), tell=told.append)
@@ -134,7 +148,8 @@ def test_ten_in_a_row_stop_a_run_that_leaves_them_out(tmp_path: Path) -> None:
     assert a_step(bad_steps, 9, 1.0)
     for step in range(10, 19):
         assert not a_step(bad_steps, step, math.inf)
-    with pytest.raises(ModelError, match="10th in a row: training has diverged"):
+    told = "10th in a row: training has diverged; start again with a lower training.learning_rate"
+    with pytest.raises(ModelError, match=told):  # rows are not to blame, so none is to be mended
         a_step(bad_steps, 19, math.inf)
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -118,6 +119,43 @@ def test_evaluations_on_other_rows_are_compared_by_their_name(tmp_path: Path) ->
     assert found["figures"]["one"] == {"exact_match": 1.0}
     with pytest.raises(RunDirError, match=r"--data FILE --name elsewhere"):
         compare([run.path for run in runs], name="elsewhere")
+
+
+def asked_with(run: RunDir, **settings: Any) -> None:
+    words = ", ".join(f"{key}: {value}" for key, value in settings.items())
+    run.recipe.write_text(RECIPE.replace("[exact_match]", f"[exact_match], {words}"))
+
+
+def test_runs_that_were_asked_in_different_ways_are_told_with_the_setting(tmp_path: Path) -> None:
+    runs = [run_with(tmp_path / name, ["right", "wrong"]) for name in ("one", "two", "three")]
+    asked_with(runs[0], max_new_tokens=24)
+    asked_with(runs[1], max_new_tokens=6, prompt_suffix="Briefly.", batch_size=1)
+    asked_with(runs[2], max_new_tokens=24, max_rows=2)
+    arguments = ["compare", *(str(run.path) for run in runs)]
+    shown = CliRunner().invoke(app, arguments)
+    told = "evaluation.max_new_tokens is 24 in one, 6 in two, 24 in three; a difference may come"
+    assert f"warning: runs were asked in different ways: {told}" in shown.stderr
+    assert 'prompt_suffix is null in one, "Briefly." in two, null in three' in shown.stderr
+    found = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
+    assert found["asked_otherwise"] == {
+        "evaluation.max_new_tokens": {"one": 24, "two": 6, "three": 24},
+        "evaluation.prompt_suffix": {"one": None, "two": "Briefly.", "three": None},
+    }
+    assert compare([runs[0].path, runs[2].path]).asked_otherwise == {}
+
+
+def test_evaluations_by_name_were_asked_as_they_say_themselves(tmp_path: Path) -> None:
+    runs = [run_with(tmp_path / name, ["right"]) for name in ("one", "two", "older")]
+    for run, suffix in zip(runs, ("Briefly.", None, None), strict=True):
+        elsewhere = run.evaluations / "receipts"
+        elsewhere.mkdir(parents=True)
+        write_jsonl(elsewhere / "predictions.jsonl", read_jsonl(run.predictions))
+        if run != runs[2]:
+            asked = {"evaluation": {"max_new_tokens": 6, "prompt_suffix": suffix}}
+            (elsewhere / "summary.json").write_text(json.dumps(asked))
+    asked_with(runs[1], max_new_tokens=24)  # of its own evaluation
+    found = compare([run.path for run in runs], name="receipts")
+    assert found.asked_otherwise == {"evaluation.prompt_suffix": {"one": "Briefly.", "two": None}}
 
 
 @pytest.mark.parametrize(

@@ -19,12 +19,14 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from typer.testing import CliRunner
 
 from data_formats.chat import parse_chat
 from data_formats.formats import FORMATS
 from finetune import evaluate
 from finetune.arguments import training_arguments
 from finetune.asking import HeldOut, KeptAnswers, ask_rows, batches_of, with_suffix
+from finetune.cli import app
 from finetune.data.collate import collate
 from finetune.data.examples import Encoder
 from finetune.data.images import ImageAccess
@@ -38,6 +40,7 @@ from finetune.rundir import RunDir, read_json, read_jsonl, write_jsonl
 from finetune.sides import Side
 from finetune.suites import SUITES
 from finetune.train import train
+from tests.commands import TORCHRUN, run
 from tests.conftest import chat_row, noise, write_dataset, write_rows
 from tests.hub_server import Hub, Repo
 from tests.test_formats import TYPICAL
@@ -96,7 +99,7 @@ def side_of(model: Any, encoder: Encoder, asked: list[int] | None = None, most: 
 
 def held_out(rows: list[Row], encoder: Encoder) -> HeldOut:
     lengths = np.array([len(encoder.encode(row).input_ids) for row in rows])
-    return HeldOut(rows, lengths, "these")
+    return HeldOut(rows, lengths, np.arange(len(rows)))
 
 
 def ask(side: Side, asked: HeldOut, folder: Path | None = None, **settings: Any) -> Any:
@@ -324,6 +327,117 @@ def test_figures_on_other_rows_leave_those_of_the_run_alone(made: RunDir, tmp_pa
     assert evaluate.evaluate(made.path, asked, console=QUIET).figures["num_eval_rows"] == 1
 
 
+@pytest.mark.parametrize(
+    ("metrics", "told"),
+    [("anls,foo", "--metrics: foo: no such metric"), (" , ", "--metrics: no metric given")],
+)
+@pytest.mark.parametrize("verb", ["eval", "compare", "score"])
+def test_metrics_that_the_command_line_names_are_refused_as_its_own(
+    made: RunDir, verb: str, metrics: str, told: str
+) -> None:
+    before = made.predictions.read_bytes()
+    files = {"eval": [made.path], "compare": [made.path] * 2, "score": [made.predictions]}
+    arguments = [verb, *map(str, files[verb]), "--metrics", metrics]
+    error = CliRunner().invoke(app, arguments).exception
+    assert isinstance(error, RecipeError)
+    assert str(error).startswith(told)
+    assert made.predictions.read_bytes() == before
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change every row of a file in its place."""
+    rows = read_jsonl(path)
+    for row in rows:
+        change(row)
+    write_rows(path, rows)
+
+
+def reword(row: dict[str, Any]) -> None:
+    row["messages"][0]["content"][-1]["text"] = "And what is this?"
+
+
+def allow_more(row: dict[str, Any]) -> None:
+    row["messages"][-1]["references"] = ["A1", "another"]
+
+
+@pytest.mark.parametrize("change", [reword, allow_more])
+def test_figures_of_rows_that_have_changed_are_not_written_over(
+    made: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[..., Any]
+) -> None:
+    """In the same file, or in one of the same name in another folder."""
+    asked = evaluate.Asked(data=["other.jsonl"], base_only=True, name=f"rows-{change.__name__}")
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        write_rows(tmp_path / name / "other.jsonl", [chat_row("What?", "A1")] * 2)
+        monkeypatch.chdir(tmp_path / name)
+        evaluate.evaluate(made.path.resolve(), asked, console=QUIET)  # the same rows, so again
+    rewrite(tmp_path / "there" / "other.jsonl", change)
+    with pytest.raises(RecipeError, match="holds figures of other rows; give these a folder"):
+        evaluate.evaluate(made.path.resolve(), asked, console=QUIET)
+
+
+def test_figures_of_a_version_that_knew_no_digest_of_rows_are_written_anew(made: RunDir) -> None:
+    asked = evaluate.Asked(base_only=True, name="older")
+    file = evaluate.evaluate(made.path, asked, console=QUIET).folder / "summary.json"
+    digest = (summary := read_json(file)).pop("rows_sha256")
+    file.write_text(json.dumps(summary))
+    evaluate.evaluate(made.path, asked, console=QUIET)
+    assert read_json(file)["rows_sha256"] == digest
+
+
+BROKEN = chat_row("What is this?", "A", "nowhere.png")
+
+
+def with_bad_rows(folder: Path, *numbers: int) -> str:
+    """Seven held-out rows of which those of these numbers, from 1, cannot be used."""
+    rows = [chat_row(f"What is {i}?", f"A{i}") for i in range(1, 8)]
+    for number in numbers:
+        rows[number - 1] = BROKEN
+    write_rows(folder / "rows.jsonl", rows)
+    return str(folder / "rows.jsonl")
+
+
+def asked_rows(run: RunDir, file: str, *settings: str) -> list[str]:
+    asked = evaluate.Asked(data=[file], base_only=True, name="few", settings=settings)
+    shutil.rmtree(run.evaluations / "few", ignore_errors=True)
+    done = evaluate.evaluate(run.path, asked, console=QUIET)
+    return [row["question"] for row in read_jsonl(done.folder / "predictions.jsonl")]
+
+
+def test_rows_after_the_last_one_asked_are_not_looked_at(made: RunDir, tmp_path: Path) -> None:
+    file, few = with_bad_rows(tmp_path, 5), "evaluation.max_rows=3"
+    assert asked_rows(made, file, few) == ["What is 1?", "What is 2?", "What is 3?"]
+    with pytest.raises(DataError, match=r"rows\.jsonl:5"):
+        asked_rows(made, file, "evaluation.max_rows=5")
+    with pytest.raises(DataError, match=r"rows\.jsonl:5"):
+        asked_rows(made, file)
+
+
+def test_as_many_usable_rows_are_asked_where_bad_ones_are_left_out(
+    made: RunDir, tmp_path: Path
+) -> None:
+    skip = ["evaluation.max_rows=3", "data.bad_rows=skip"]
+    file = with_bad_rows(tmp_path, 1, 2, 3, 5)
+    assert asked_rows(made, file, *skip) == ["What is 4?", "What is 6?", "What is 7?"]
+    file = with_bad_rows(tmp_path, 2, 3, 4, 5, 7)
+    assert asked_rows(made, file, *skip) == ["What is 1?", "What is 6?"]
+
+
+def test_the_first_rows_of_several_files_are_those_of_the_first_file(
+    made: RunDir, tmp_path: Path
+) -> None:
+    file = with_bad_rows(tmp_path, 7)
+    write_rows(tmp_path / "more.jsonl", [chat_row("More?", "yes"), BROKEN])
+    asked = evaluate.Asked(
+        data=[tmp_path / "more.jsonl", file],
+        settings=["evaluation.max_rows=4", "data.bad_rows=skip"],
+        name="several",
+    )
+    done = evaluate.evaluate(made.path, asked, console=QUIET)
+    questions = [row["question"] for row in read_jsonl(done.folder / "predictions.jsonl")]
+    assert questions == ["More?", "What is 1?", "What is 2?", "What is 3?"]
+
+
 def test_merged_weights_are_judged_beside_base_and_adapter(made: RunDir) -> None:
     done = evaluate.evaluate(made.path, evaluate.Asked(merged=True), console=QUIET)
     rows = read_jsonl(made.predictions)
@@ -424,10 +538,7 @@ def test_two_processes_write_what_one_does(made: RunDir, tmp_path: Path) -> None
     (tmp_path / "late.py").write_text(LATE)
     evaluate.evaluate(made.path, console=QUIET)
     before = [made.summary.read_text(), made.predictions.read_text()]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--master_port", "29517", str(tmp_path / "late.py"), "eval", str(made.path)]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = run(*TORCHRUN, str(tmp_path / "late.py"), "eval", str(made.path))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("difference") == 1  # one process prints
     figures = [json.loads(before[0]), read_json(made.summary)]

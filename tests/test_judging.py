@@ -66,7 +66,7 @@ def judged(
     sides: dict[str, Side], rows: list[Row], settings: EvaluationSection, run: RunDir
 ) -> Judgement:
     lengths = np.array([len(sides["base"].encoder.encode(row).input_ids) for row in rows])
-    asked = HeldOut(rows, lengths, "these rows")
+    asked = HeldOut(rows, lengths, np.arange(len(rows)))
     return judge(sides, asked, settings, run.evaluation, run.partial, Console(quiet=True))
 
 

@@ -97,6 +97,14 @@ def test_bleu_is_that_of_sacrebleu(rows: list[tuple[str, str, str]]) -> None:
     )
 
 
+def test_bleu_is_sacrebleu_s_default_from_one_answer_of_four_words_on() -> None:
+    short = ["yes", "no", "two dogs"]
+    long = [*short, "two dogs run here"]
+    for answers, ours, default in ((short, 1.0, 0.0), (long, 1.0, 1.0)):
+        assert measure(answers, [[each] for each in answers], ["bleu"]).figures()["bleu"] == ours
+        assert sacrebleu.corpus_bleu(answers, [answers]).score / 100 == pytest.approx(default)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_cider_is_that_of_pycocoevalcap(seed: int) -> None:
     generator = random.Random(seed)

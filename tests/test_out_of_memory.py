@@ -10,13 +10,14 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from finetune import asking, evaluate
 from finetune.data.collate import BatchRow
 from finetune.errors import ModelError, RecipeError
 from finetune.out_of_memory import apart_from_others, out_of_memory, told_apart
 from finetune.planning import Planner, needed_bytes
 from finetune.recipe import load_recipe
 from finetune.requirements import refuse_what_cannot_run
-from finetune.rundir import RunDir
+from finetune.rundir import RunDir, read_jsonl
 from finetune.train import train
 from finetune.training import what_helps
 
@@ -107,6 +108,86 @@ def test_a_batch_that_does_not_fit_is_named_with_its_views_and_tokens(
     assert "train.jsonl:" in message
     assert "CUDA out of memory. Tried to allocate 2.00 GiB." in message
     assert "training.on_oom: split" in message
+
+
+@pytest.fixture
+def no_room_to_answer(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """`no_room_to_answer(n)`: more than n held-out rows answered at once run out of memory."""
+    stock = asking.generate_answers
+
+    def limit(num_rows: int) -> None:
+        def generate_answers(*args: Any, batch_size: int, **kwargs: Any) -> list[str]:
+            if batch_size > num_rows:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return stock(*args, batch_size=batch_size, **kwargs)
+
+        monkeypatch.setattr(asking, "generate_answers", generate_answers)
+
+    return limit
+
+
+IN_TRAINING = {"every_steps": 2, "batch_size": 3, "max_new_tokens": 4}
+
+
+@pytest.mark.parametrize("during", ["an evaluation", "the judging"])
+def test_held_out_rows_that_do_not_fit_are_named_and_the_run_goes_on_with_fewer_at_once(
+    dataset: Callable[..., Path],
+    no_room_to_answer: Callable[[int], None],
+    tmp_path: Path,
+    during: str,
+) -> None:
+    asked = {"rows_in_training": 0} if during == "the judging" else {}
+    recipe = str(dataset(training=settings(save_steps=2), evaluation=IN_TRAINING | asked))
+    kept = [f"output.dir={tmp_path / 'kept'}"]
+    assert train(load_recipe(recipe, kept)) == 0
+    no_room_to_answer(1)
+    with pytest.raises(ModelError) as error:
+        train(load_recipe(recipe))
+    message = str(error.value)
+    assert message.startswith("evaluation of step 2: " * (during == "an evaluation") + "out of mem")
+    assert "out of memory while 3 held-out rows were answered: " in message
+    assert "eval.jsonl:1 (" in message
+    assert "Set evaluation.batch_size below 3, or evaluation.batch_tokens" in message
+    assert "training." not in message
+    fewer = "evaluation.batch_size=1"
+    assert train(load_recipe(recipe, [fewer]), resume=True) == 0
+    run, same = RunDir(tmp_path / "run"), RunDir(tmp_path / "kept")
+    assert load_recipe(run.recipe).evaluation.batch_size == 1
+    answers = [[row["adapter"] for row in read_jsonl(each.predictions)] for each in (run, same)]
+    assert answers[0] == answers[1]
+
+
+def test_a_single_held_out_row_that_does_not_fit_is_told_what_else_helps(
+    dataset: Callable[..., Path], no_room_to_answer: Callable[[int], None], tmp_path: Path
+) -> None:
+    recipe = str(dataset(training=settings(), evaluation=IN_TRAINING))
+    assert train(load_recipe(recipe)) == 0
+    no_room_to_answer(0)
+    asked = evaluate.Asked(settings=["evaluation.batch_size=1"])
+    with pytest.raises(ModelError, match="while a held-out row was answered: ") as error:
+        evaluate.evaluate(tmp_path / "run", asked)
+    assert "batch_size" not in str(error.value)
+    assert "evaluation.max_new_tokens" in str(error.value)
+
+
+def test_a_held_out_loss_that_does_not_fit_is_told_with_the_evaluation_s_settings(
+    dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from finetune.trainer import VisionSFTTrainer
+
+    stock = VisionSFTTrainer.compute_loss
+
+    def compute_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return stock(self, *args, **kwargs)
+
+    monkeypatch.setattr(VisionSFTTrainer, "compute_loss", compute_loss)
+    recipe = str(dataset(training=settings(), evaluation=IN_TRAINING))
+    with pytest.raises(ModelError, match="step 2: out of memory at a batch of 3 rows") as error:
+        train(load_recipe(recipe))
+    assert "held-out rows: lower evaluation.batch_size" in str(error.value)
+    assert "training." not in str(error.value)
 
 
 def test_a_single_row_that_does_not_fit_ends_the_run(

@@ -48,7 +48,13 @@ def bleu_counts(predictions: Sequence[str], references: Sequence[Sequence[str]])
 
 
 def bleu(sums: np.ndarray) -> np.ndarray:
-    """Corpus BLEU, 0 to 1, of sums of counts [B, 10] -> [B]; smoothed as sacrebleu does."""
+    """Corpus BLEU, 0 to 1, of sums of counts [B, 10] -> [B]; smoothed as sacrebleu does.
+
+    With sacrebleu's `effective_order`, which its `corpus_bleu` does not set: where no answer has
+    four words there are no sequences of four, and BLEU is of those that there are. Without it right
+    answers of a word or two ("yes", "two dogs") have 0. From one answer of four words on it is the
+    same as the default.
+    """
     from sacrebleu.metrics.bleu import BLEU
 
     def one(row: list[int]) -> float:
