@@ -164,6 +164,18 @@ def _two_kinds(fitting: Sequence[set[str]]) -> tuple[str, str]:
     return first_of(only[0] or fitting[0]), first_of(only[1] or other)
 
 
+def _fault_under(name: str, row: dict[Any, Any]) -> str:
+    """What the first format that knows this key has against what is under it; empty for none."""
+    formats = [known for known in FORMATS if known != "columns"] if name in _KEYS else []
+    for known in formats:
+        try:
+            FORMATS[known].parse(row)
+        except FormatError as error:
+            if str(error).removeprefix("'").startswith(name):
+                return f"{known!r}, {error}"
+    return ""
+
+
 def _no_format(row: dict[Any, Any]) -> str:
     message = f"no known format has the keys {keys(row, at_most=20)}; "
     names = [key for key, value in row.items() if isinstance(key, str) and value is not None]
@@ -172,7 +184,9 @@ def _no_format(row: dict[Any, Any]) -> str:
     question = _like([name for name in names if name not in (image, answer)], _QUESTION_WORDS)
     if not answer or not (image or question):
         for name in names:
-            if near := nearest(name, _KEYS):
+            if fault := _fault_under(name, row):
+                return f"no known format reads it: as {fault}"
+            if (near := nearest(name, _KEYS)) and near != name:
                 return message + f"is {name!r} meant to be {near!r}?"
         return (
             message + "set format to the one that made the rows, or name the columns, such as "

@@ -559,6 +559,10 @@ def test_rows_that_are_no_objects_have_no_format(rows: list[Any]) -> None:
             {"converstations": [], "image": "a.png"},
             "is 'converstations' meant to be 'conversations'",
         ),
+        ({"messages": "x"}, "as 'chat', 'messages' must be a list with at least one message"),
+        ({"messages": [{"role": "usr", "content": "x"}]}, "as 'chat', messages[0].role is 'usr'"),
+        ({"texts": "x"}, "as 'cauldron', 'texts' must be a list of exchanges, found a string"),
+        ({"response": 5}, "set format to the one that made the rows"),
     ],
 )
 def test_an_unknown_table_is_answered_with_the_mapping_to_write(
