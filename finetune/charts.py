@@ -36,6 +36,9 @@ ON_WHITE = {
     "held": "#b4540a",
 }
 MAX_POINTS = 600  # a line; more cannot be told apart at this width and only make the file larger
+# Of the axis of a share. One row of the forty or hundred that are asked in training would otherwise
+# fill the height when it becomes wrong; so high, a change of a fiftieth is still seen
+LEAST_HEIGHT = 0.2
 TICK_STEPS = (1, 2, 2.5, 5, 10)  # not 0.15, 0.3, 0.45
 SIZE_INCHES = (
     5.2,
@@ -55,6 +58,8 @@ class Line:
     points: Points
     width: float = 2.0
     marker: str = ""
+    size: float = 5.0
+    """Of the marker."""
 
 
 Colours = Mapping[str, str]
@@ -81,7 +86,7 @@ class Chart:
         file = io.BytesIO()
         with _settings(self.name):
             figure = self.paint(ON_WHITE)
-            figure.suptitle(self.title, color=ON_WHITE["ink"], fontsize=13)
+            figure.axes[0].set_title(self.title, color=ON_WHITE["ink"], fontsize=13)
             figure.savefig(file, format="png", dpi=160, metadata={"Software": None})
         return file.getvalue()
 
@@ -137,7 +142,7 @@ def thin(points: Points, limit: int = MAX_POINTS) -> list[tuple[float, float]]:
 def line_chart(
     lines: Sequence[Line], *, name: str, title: str, label: str, is_share: bool = False
 ) -> Chart:
-    """Curves over the steps. One that stays at the same share stands between 0 and 1."""
+    """Curves over the steps; `is_share` is for figures that are 0 to 1, most of them."""
 
     def paint(colours: Colours) -> Figure:
         figure, axes = _empty_chart(colours, xlabel="step")
@@ -149,19 +154,32 @@ def line_chart(
                 color=colours[line.colour],
                 linewidth=line.width,
                 marker=line.marker,
-                markersize=5,
+                markersize=line.size,
                 label=line.name,
             )
         values = {value for line in lines for _, value in line.points}
-        if is_share and len(values) == 1 and 0 <= min(values) <= 1:
-            axes.set_ylim(-0.04, 1.04)  # room for half a marker
+        if is_share and 0 <= min(values) <= max(values) <= 1:
+            low, high = _ends_of_share(min(values), max(values))
+            margin = 0.04 * (high - low)  # room for half a marker
+            axes.set_ylim(low - margin, high + margin)
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=TICK_STEPS))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.6g}")
         if len(lines) > 1:
-            _legend(figure, colours, num_columns=len(lines))
+            is_wide = sum(len(line.name) for line in lines) > 40  # letters that stand side by side
+            _legend(figure, colours, num_columns=2 if is_wide else len(lines))
         return figure
 
     return Chart(name, title, label, paint)
+
+
+def _ends_of_share(lowest: float, highest: float) -> tuple[float, float]:
+    """Of the value axis: 0 and 1 for one that stays the same, and otherwise `LEAST_HEIGHT` apart or
+    more, around the values.
+    """
+    if lowest == highest:
+        return 0.0, 1.0
+    low = min(lowest, max(0.0, min(1.0, (lowest + highest + LEAST_HEIGHT) / 2) - LEAST_HEIGHT))
+    return low, max(highest, low + LEAST_HEIGHT)
 
 
 def with_smoothed(points: Points, what: str) -> list[Line]:

@@ -15,7 +15,7 @@ from finetune import metrics
 from finetune.charts import number
 
 SIDES = ("base", "adapter", "merged")
-HEADLINE_METRIC = "exact_match"  # where it was measured; otherwise the first metric of the recipe
+RIGHT_BY = "exact_match"  # where it was measured; otherwise the first metric of the recipe
 CARDS_PER_STATUS = 48
 CHARACTERS_SHOWN = 500
 CHARACTERS_BESIDE = 60  # of what is the same on either side of a difference, in a long answer
@@ -182,13 +182,18 @@ def status_of(row: Row) -> str:
     return STATUS_OF.get((is_right(row, "base"), is_right(row, "adapter")), "unscored")
 
 
-def is_right(row: Row, side: str) -> bool | None:
-    """Whether an answer counts as right by the headline metric; None where it was not scored, or
-    where that metric makes no answer right or wrong: CIDEr, BLEU, ROUGE-L.
-    """
+def right_by(row: Row, side: str) -> str:
+    """The metric that tells whether an answer counts as right; empty where it was not scored."""
     scores = mapping(mapping(row.get("scores")).get(side))
-    metric = HEADLINE_METRIC if HEADLINE_METRIC in scores else next(iter(scores), "")
-    score = number(scores.get(metric))
+    return RIGHT_BY if RIGHT_BY in scores else next(iter(scores), "")
+
+
+def is_right(row: Row, side: str) -> bool | None:
+    """Whether an answer counts as right; None where it was not scored, or by a metric that makes no
+    answer right or wrong: CIDEr, BLEU, ROUGE-L.
+    """
+    metric = right_by(row, side)
+    score = number(mapping(mapping(row.get("scores")).get(side)).get(metric))
     return None if score is None else metrics.is_right(metric, score)
 
 

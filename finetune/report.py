@@ -23,7 +23,7 @@ from finetune.charts import curve, number
 from finetune.errors import RunDirError
 from finetune.gallery import (
     CARDS_PER_STATUS,
-    HEADLINE_METRIC,
+    RIGHT_BY,
     SIDES,
     STATUSES,
     Row,
@@ -32,14 +32,20 @@ from finetune.gallery import (
     listed,
     make_card,
     mapping,
+    right_by,
     text_of,
 )
 from finetune.metrics import lower_is_better, title_of, with_interval
+from finetune.recipe.conflicts import STEPPING_IN_BACKWARD
 from finetune.recipe.syntax import parse_yaml
 from finetune.run_charts import curves, histograms
 from finetune.rundir import RunDir, read_json, replacing, write_text
 
 SKIPPED_SHOWN = 10
+BAD_STEPS_SHOWN = 10
+BLAMED_SHOWN = 5
+NUM_IN_A_ROW = 10
+"""Bad steps that end a run which leaves them out (`bad_steps.MAX_IN_A_ROW`)."""
 
 
 def write_report(run: RunDir) -> Path:
@@ -86,19 +92,16 @@ def gather(run: RunDir) -> dict[str, Any]:
     settings = settings_of(recipe)
     environment = read_mapping(run.environment, notes) or {}
     data = read_mapping(run.data, notes) or {}
+    num_left_out = int(number(figures.get("num_skipped_rows")) or len(skipped))
     cards = [make_card(row) for row in predictions]
     counts = Counter(card.status for card in cards)
     if num_bad := sum(number(row["loss"]) is None for row in log if "loss" in row):
         notes.append(
             f"The loss was no number at {num_bad} logged steps; the curve leaves them out."
         )
-    if num_skipped := last_count(log, "skipped_steps"):
-        notes.append(
-            f"{num_skipped} steps were left out, as their loss was no number or a spike; "
-            f"{run.bad_steps / 'steps.jsonl'} has their rows."
-        )
     if num_splits := last_count(log, "oom_splits"):
         notes.append(f"Batches that did not fit into the memory were halved {num_splits} times.")
+    bad_steps = bad_steps_of(run, notes)
     sides = {side: found for side in SIDES if (found := numbers(figures.get(side)))}
     return {
         "name": run.path.resolve().name,
@@ -106,12 +109,26 @@ def gather(run: RunDir) -> dict[str, Any]:
         "subtitle": describe_recipe(settings),
         "version": __version__,
         "finished": summary is not None,
-        "verdict": judge(figures, predictions),
+        "verdict": judge(figures, predictions, metrics_of_headline(settings)),
+        "best_step": best_step(figures),
+        "best_metric": text_of(mapping(settings.get("evaluation")).get("best_metric")),
+        "num_processes": int(number(environment.get("num_processes")) or 1),
+        "bad_steps": bad_steps[:BAD_STEPS_SHOWN],
+        "num_bad_steps": len(bad_steps),
+        "ended_by": None if summary is not None else ended_by(bad_steps, settings, log),
+        "in_float32": mapping(settings.get("model")).get("dtype") == "float32",
+        "leaves_out": leaves_out(settings),
+        "may_leave_out": may_leave_out(settings),
+        "num_in_a_row": NUM_IN_A_ROW,
         "figures": run_figures(figures, log),
         "device": text_of(figures.get("device")),
         "planned_steps": planned_steps(settings, log),
         "log_age_seconds": age_seconds(run.metrics),
-        "curves": curves(log, num_asked=rows_in_training(settings, figures, data)),
+        "curves": curves(
+            log,
+            num_asked=rows_in_training(settings, figures, data),
+            judged_step=best_step(figures),
+        ),
         "histograms": histograms(data),
         "data": {name: numbers(part) for name, part in data.items()},
         "sides": sides,
@@ -130,7 +147,8 @@ def gather(run: RunDir) -> dict[str, Any]:
         "cards": first_of_each_status(cards, run.evaluation),
         "cards_per_status": CARDS_PER_STATUS,
         "skipped": skipped[:SKIPPED_SHOWN],
-        "num_skipped": int(number(figures.get("num_skipped_rows")) or len(skipped)),
+        "num_skipped": len(skipped) or num_left_out,
+        "num_left_out": num_left_out,  # a streamed row in every epoch anew
         "recipe": recipe,
         "environment": flatten(environment),
         "notes": notes,
@@ -146,6 +164,7 @@ class Elsewhere:
     num_rows: int
     base: str
     adapter: str
+    merged: str
     verdict: str
     paper: str
 
@@ -155,21 +174,69 @@ def other_evaluations(run: RunDir, notes: list[str]) -> list[Elsewhere]:
     found = []
     for path in sorted(run.evaluations.glob("*/summary.json")):
         summary = read_mapping(path, notes) or {}
-        sides = [numbers(summary.get(side)) for side in ("base", "adapter")]
-        for metric in dict.fromkeys([*sides[0], *sides[1]]):
+        sides = [numbers(summary.get(side)) for side in SIDES]
+        for metric in dict.fromkeys(metric for side in sides for metric in side):
             between = mapping(summary.get("intervals"))
-            base, adapter = (
+            base, adapter, merged = (
                 with_interval(side.get(metric), interval_of(mapping(between.get(name)).get(metric)))
-                for name, side in zip(("base", "adapter"), sides, strict=True)
+                for name, side in zip(SIDES, sides, strict=True)
             )
             verdict = mapping(mapping(summary.get("differences")).get(metric)).get("verdict")
             rows = int(number(summary.get("num_eval_rows")) or 0)
             beside = mapping(summary.get("paper"))
             paper = text_of(beside.get("figure")) if beside.get("metric") == metric else ""
-            found.append(
-                Elsewhere(path.parent.name, metric, rows, base, adapter, text_of(verdict), paper)
-            )
+            shown = (base, adapter, merged, text_of(verdict), paper)
+            found.append(Elsewhere(path.parent.name, metric, rows, *shown))
     return found
+
+
+@dataclass(frozen=True)
+class BadStep:
+    """A step whose loss or gradient was no number, or a spike."""
+
+    step: int
+    why: str
+    rows: list[str]  # where the first ones stand
+    num_rows: int
+    page: str  # that shows them, beside the report; empty where there is none
+
+
+def bad_steps_of(run: RunDir, notes: list[str]) -> list[BadStep]:
+    """Those that were left out, or the one that ended the run, in their order."""
+    found = []
+    for line in read_rows(run.bad_steps / "steps.jsonl", notes):
+        step, rows = int(number(line.get("step")) or 0), listed(line.get("rows"))
+        places = [text_of(mapping(row).get("where")) for row in rows[:BLAMED_SHOWN]]
+        page = run.bad_steps / f"step-{step}.html"
+        shown = f"{page.parent.name}/{page.name}" if page.is_file() else ""
+        found.append(BadStep(step, text_of(line.get("why")), places, len(rows), shown))
+    return found
+
+
+def ended_by(bad_steps: Sequence[BadStep], settings: Row, log: Sequence[Row]) -> BadStep | None:
+    """The bad step that ended a run which has not finished: it has not come past it, and it is the
+    first one, or, where the recipe leaves them out, the last of too many in a row.
+    """
+    logged = max((number(row.get("step")) or 0 for row in log), default=0)
+    if not bad_steps or bad_steps[-1].step <= logged:
+        return None
+    last = bad_steps[-1]
+    steps = [each.step for each in bad_steps[-NUM_IN_A_ROW:]]
+    in_a_row = steps == list(range(last.step - NUM_IN_A_ROW + 1, last.step + 1))
+    return last if in_a_row or not leaves_out(settings) else None
+
+
+def leaves_out(settings: Row) -> bool:
+    """Whether bad steps are left out, and do not end the run."""
+    return mapping(settings.get("training")).get("bad_loss") == "skip"
+
+
+def may_leave_out(settings: Row) -> bool:
+    """Whether a run that a bad step ended may go on without it."""
+    training = mapping(settings.get("training"))
+    within = str(training.get("optimizer")).endswith(STEPPING_IN_BACKWARD)
+    is_zero = str(training.get("distributed")).startswith("zero")
+    return not leaves_out(settings) and not within and not is_zero
 
 
 # Reading: a torn line or a missing file costs its own part of the page, and a note, never the page.
@@ -242,8 +309,11 @@ def flatten(values: Row, prefix: str = "") -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Share:
-    """How many held-out rows were right, and the interval of that share that the summary has."""
+    """How many held-out rows were right, by which metric, and the interval of that share that the
+    summary has.
+    """
 
+    metric: str
     right: int
     total: int
     interval: tuple[float, float] | None
@@ -268,17 +338,35 @@ class Verdict:
     num_worse: int
     interval: tuple[float, float] | None  # of the difference; None where none was kept
     shares: tuple[Share, Share] | None
+    others: dict[str, list[str]]  # metrics that say better or worse where this one does not
 
 
-def judge(summary: Row, predictions: Sequence[Row]) -> Verdict | None:
-    """The verdict on the headline metric; None before base and adapter were both measured on it."""
+def metrics_of_headline(settings: Row) -> list[str]:
+    """The recipe's metrics of answers, first the one that the headline is of where it was measured:
+    by which the best weights were chosen, or else the first.
+    """
+    evaluation = mapping(settings.get("evaluation"))
+    named = [text_of(metric) for metric in listed(evaluation.get("metrics"))]
+    best = evaluation.get("best_metric")  # may be the loss, which is not of answers
+    return [best, *named] if best in named else named
+
+
+def judge(summary: Row, predictions: Sequence[Row], metrics: Sequence[str] = ()) -> Verdict | None:
+    """The verdict on the first of the metrics that was measured; None before base and adapter both
+    were.
+    """
     before, after = numbers(summary.get("base")), numbers(summary.get("adapter"))
     both = [metric for metric in after if metric in before]
     if not both:
         return None
-    metric = HEADLINE_METRIC if HEADLINE_METRIC in both else both[0]
+    metric = next((metric for metric in metrics if metric in both), both[0])
     num_better, num_worse = count_changes(metric, predictions)
     num_rows = int(number(summary.get("num_eval_rows")) or len(predictions))
+    verdicts = {
+        name: text_of(mapping(each).get("verdict"))
+        for name, each in mapping(summary.get("differences")).items()
+        if name in both and name != "perplexity"  # which says what the loss says
+    }
     found = mapping(mapping(summary.get("differences")).get(metric))
     words = {
         "better": ("Better", "good"),
@@ -300,7 +388,19 @@ def judge(summary: Row, predictions: Sequence[Row]) -> Verdict | None:
         num_worse=num_worse,
         interval=interval_of(found.get("interval")),
         shares=count_right(predictions, mapping(summary.get("intervals"))),
+        others={
+            word: names
+            for word in ("better", "worse")
+            if word != verdicts.get(metric)
+            and (names := [name for name, each in verdicts.items() if each == word])
+        },
     )
+
+
+def best_step(summary: Row) -> int | None:
+    """Whose weights were judged, where they are not those of the last step."""
+    step = number(summary.get("best_step"))
+    return None if step is None else int(step)
 
 
 def interval_of(value: Any) -> tuple[float, float] | None:
@@ -320,11 +420,13 @@ def count_right(predictions: Sequence[Row], intervals: Row) -> tuple[Share, Shar
     scored = [pair for pair in pairs if None not in pair]
     if not scored:
         return None
+    metric = next(by for row in predictions if (by := right_by(row, "adapter")))
     base, adapter = (
         Share(
+            metric,
             sum(map(bool, right)),
             len(scored),
-            interval_of(mapping(intervals.get(side)).get(HEADLINE_METRIC)),
+            interval_of(mapping(intervals.get(side)).get(RIGHT_BY)),
         )
         for side, right in zip(("base", "adapter"), zip(*scored, strict=True), strict=True)
     )

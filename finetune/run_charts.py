@@ -18,15 +18,27 @@ from finetune.charts import (
 from finetune.metrics import METRICS, title_of
 
 
-def curves(log: Log, *, num_asked: int | None = None) -> list[Chart]:
+def curves(
+    log: Log, *, num_asked: int | None = None, judged_step: int | None = None
+) -> list[Chart]:
     """What `metrics.jsonl` holds, over the steps; a curve of fewer than two points is not drawn.
 
     `num_asked` rows were answered in training, where those are fewer than were judged in the end.
+    `judged_step` is where the judged weights are from, where they are not the last ones: it is
+    marked on the curves of held-out rows.
     """
-    return [*_training(log), *_held_out(log, num_asked), *_cost(log)]
+    return [*_training(log, judged_step), *_held_out(log, num_asked, judged_step), *_cost(log)]
 
 
-def _training(log: Log) -> Iterator[Chart]:
+def _marked(held: Points, judged_step: int | None) -> list[Line]:
+    """The point of the judged weights, where the curve has it."""
+    judged = [point for point in held if point[0] == judged_step]
+    if not judged:
+        return []
+    return [Line(f"step {judged_step:,}, judged", "ink", judged, width=0, marker="D", size=8)]
+
+
+def _training(log: Log, judged_step: int | None) -> Iterator[Chart]:
     losses, rates = curve(log, "loss"), curve(log, "learning_rate")
     if len(losses) > 1:
         (first, start), (last, end) = losses[0], losses[-1]
@@ -34,6 +46,7 @@ def _training(log: Log) -> Iterator[Chart]:
         lines = with_smoothed(losses, "each logging step")
         if held := curve(log, "eval_loss"):
             lines.append(Line("held-out rows", "held", held, marker="o"))
+            lines += _marked(held, judged_step)
         yield line_chart(lines, name="loss", title="Loss", label=label)
     if len(rates) > 1:
         label = f"Learning rate, at most {max(rate for _, rate in rates):.3g}"
@@ -46,7 +59,7 @@ def _training(log: Log) -> Iterator[Chart]:
         yield line_chart(lines, name="grad_norm", title="Norm of the gradient", label=label)
 
 
-def _held_out(log: Log, num_asked: int | None) -> Iterator[Chart]:
+def _held_out(log: Log, num_asked: int | None, judged_step: int | None) -> Iterator[Chart]:
     for metric in METRICS:
         points = curve(log, f"eval_{metric}")
         if len(points) < 2 or metric == "loss":
@@ -56,9 +69,10 @@ def _held_out(log: Log, num_asked: int | None) -> Iterator[Chart]:
             title += f", first {num_asked:,} row{'' if num_asked == 1 else 's'}"
         (_, start), (_, end) = points[0], points[-1]
         label = f"{title}: {start:.3f} at first, {end:.3f} at last"
-        line = Line(title_of(metric), "held", points, marker="o")
+        lines = [Line(title_of(metric), "held", points, marker="o")]
+        lines += _marked(points, judged_step)
         name = f"eval_{metric}"
-        yield line_chart([line], name=name, title=title, label=label, is_share=True)
+        yield line_chart(lines, name=name, title=title, label=label, is_share=True)
 
 
 def _cost(log: Log) -> Iterator[Chart]:

@@ -5,6 +5,8 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -97,11 +99,29 @@ def scores_table(figures: Mapping[str, float], intervals: Mapping[str, Any]) -> 
     return table
 
 
-def print_summary(run: RunDir, results: Console) -> None:
+def command_here() -> str:
+    """How to call finetune again: by its name alone only where the environment is activated."""
+    if shutil.which("finetune"):
+        return "finetune"
+    python = Path(sys.executable)
+    script = python.with_name("finetune")
+    shown = called = script if script.is_file() else python
+    with suppress(ValueError):
+        shown = called.relative_to(Path.cwd())
+    text = f"./{shown}" if str(shown) == called.name else str(shown)  # as it is not on the PATH
+    return shlex.quote(text) + ("" if called == script else " -m finetune")
+
+
+def print_summary(run: RunDir, recipe: Recipe, results: Console) -> None:
     """The table at the end of a run, where its files are, and three commands to try next."""
     summary = read_json(run.summary)
     if summary["adapter"]:
-        results.print(figures_table(str(run.path), summary))
+        figures = figures_table(str(run.path), summary)
+        if step := summary.get("best_step"):
+            best = recipe.evaluation.best_metric
+            figures.caption = Text(f"weights of step {step:,}, the best {best}")
+            figures.caption_justify = "left"
+        results.print(figures)
     table = Table(show_header=False)
     if not summary["adapter"]:
         table.add_row("not judged", "no data.eval")
@@ -123,9 +143,7 @@ def print_summary(run: RunDir, results: Console) -> None:
     asked = next((row for row in read_jsonl(run.predictions) if row.get("images")), None)
     image = run.evaluation / asked["images"][0] if asked else "FILE"
     question = asked["question"] if asked else "What is written?"
-    # as it was called, where the environment is not activated: .venv/bin/finetune
-    folder = shlex.quote(str(run.path))
-    command = "finetune" if shutil.which("finetune") else sys.argv[0]
+    folder, command = shlex.quote(str(run.path)), command_here()
     results.print(
         f"\nnext:\n  {command} chat {folder} --image {shlex.quote(str(image))} "
         f"{shlex.quote(question)}\n"

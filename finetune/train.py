@@ -1,12 +1,14 @@
 """`finetune train`: a recipe becomes a run directory."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from transformers import set_seed
+from xxhash import xxh3_128
 
 from finetune.callbacks import StopOnSignal
 from finetune.checkpoints import last_whole, move_newer_aside
@@ -61,6 +63,7 @@ from finetune.rundir import (
     RunLock,
     check_run_dir,
     create_run_dir,
+    read_json,
     read_jsonl,
     replacing,
     write_json,
@@ -136,21 +139,93 @@ def train(
         if resume:
             worst_first = was_worst_first(RunDir(recipe.output.dir), asked=worst_first)
         prepared = replace(prepared, worst_first=worst_first)
+        run = RunDir(recipe.output.dir)
         if resume:
             _check_it_may_go_on(prepared, console)
-        done = _train_and_save(prepared, resume, overwrite, lock, stop, console)
-        if stop.exit_code is not None:
-            console.print(
-                f"stopped at step {done.stopped_at}; go on with: finetune train {source} --resume"
-                + (f" --processes {processes_here()}" if process()[1] > 1 else ""),
-                soft_wrap=True,
-            )
-            if is_first():
-                write_report(done.run)
-            wait_for_all()  # or the launcher ends the first when another has ended
-            return stop.exit_code
-        _judge_and_report(prepared, done, console, results)
+            if _is_finished(prepared):
+                console.print(f"{run.path} is finished; its report: {run.report}", soft_wrap=True)
+                if is_first():
+                    write_report(run)
+                    print_summary(run, recipe, results)
+                return 0
+        with _reported(run, console):
+            done = _train_and_save(prepared, resume, overwrite, lock, stop, console)
+            if stop.exit_code is not None:
+                console.print(
+                    f"stopped at step {done.stopped_at}; go on with: finetune train {source} "
+                    "--resume" + (f" --processes {processes_here()}" if process()[1] > 1 else ""),
+                    soft_wrap=True,
+                )
+                if is_first():
+                    write_report(run)
+                wait_for_all()  # or the launcher ends the first when another has ended
+                return stop.exit_code
+            _judge_and_report(prepared, done, console, results)
     return 0
+
+
+@contextmanager
+def _reported(run: RunDir, console: Console) -> Iterator[None]:
+    """Write the report of a run that has begun where an error ends it, or a signal at once; what
+    ended it is not lost where that fails.
+    """
+    try:
+        yield
+    except BaseException:
+        if is_first() and run.is_run():
+            try:
+                write_report(run)
+            except Exception as error:
+                console.print(
+                    f"warning: {run.report} was not written: {error}",
+                    style="yellow",
+                    soft_wrap=True,
+                )
+        raise
+
+
+def _is_finished(prepared: Prepared) -> bool:
+    """Whether nothing is left to do, as the first process finds it: all steps are taken, and the
+    figures are those of the weights that are there.
+    """
+    found = False
+    if is_first():
+        # a broken summary is made anew, and a broken checkpoint told of where the run goes on
+        with suppress(OSError, ValueError):
+            found = _is_judged(prepared, RunDir(prepared.recipe.output.dir))
+    return lists_of_all([found] if is_first() else [])[0]
+
+
+def _is_judged(prepared: Prepared, run: RunDir) -> bool:
+    summary = read_json(run.summary)
+    # `eval` writes a summary, too, but without that where the run was killed before
+    if summary.get("weights_xxh3_128") != _digest_of_weights(run.adapter):
+        return False
+    if prepared.held_out and not run.predictions.is_file():
+        return False
+    if not summary["trainable_parameters"]:
+        return True
+    checkpoint = last_whole(run.checkpoints)
+    return bool(
+        checkpoint
+        and is_finished(checkpoint, prepared.recipe.evaluation)
+        and not _owes_evaluation(prepared, checkpoint)
+    )
+
+
+def _digest_of_weights(folder: Path) -> str:
+    """Of the files with what was trained; raises `FileNotFoundError` without their folder."""
+    digest = xxh3_128()
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".safetensors":
+            with path.open("rb") as file:
+                while block := file.read(2**24):
+                    digest.update(block)
+    return digest.hexdigest()
+
+
+def _owes_evaluation(prepared: Prepared, checkpoint: Path) -> bool:
+    return bool(prepared.held_out) and owes_evaluation(checkpoint, prepared.recipe.evaluation)
 
 
 def _check_it_may_go_on(prepared: Prepared, console: Console) -> None:
@@ -303,7 +378,7 @@ def _train(
 ) -> Trained:
     """Take the steps, or those that are left after a checkpoint."""
     evaluation = prepared.recipe.evaluation
-    owes = bool(checkpoint and prepared.held_out and owes_evaluation(checkpoint, evaluation))
+    owes = bool(checkpoint and _owes_evaluation(prepared, checkpoint))
     if checkpoint and is_finished(checkpoint, evaluation) and not owes:
         # Trained to the end and killed afterwards: the trainer would take one step too many
         load_checkpoint(model, best_checkpoint(checkpoint) if evaluation.load_best else checkpoint)
@@ -360,10 +435,11 @@ def _judge_and_report(
             "trainable_parameters": done.trainable,
             "total_parameters": done.total,
             "device": environment()["device"],
+            "weights_xxh3_128": _digest_of_weights(run.adapter),
         },
     )
     write_report(run)
-    print_summary(run, results)
+    print_summary(run, recipe, results)
 
 
 def _rows_by_source(

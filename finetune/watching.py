@@ -1,6 +1,7 @@
 """The report of a run, live, on this machine alone: made anew whenever it is looked at."""
 
 import html
+import re
 import threading
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,6 +13,7 @@ from finetune.rundir import RunDir
 
 REFRESH_SECONDS = 10
 STILL = "/still"
+BAD_STEP = re.compile(r"/bad_steps/(step-\d+\.html)")
 HOSTS = ("127.0.0.1", "localhost")
 FAILED = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta http-equiv="refresh" content="{seconds}">
@@ -34,6 +36,8 @@ def watching(run: RunDir, port: int) -> ThreadingHTTPServer:
             host = self.headers.get("Host", "").partition(":")[0]  # without a port at port 80
             if host not in HOSTS:  # a page elsewhere, whose name was made to point here
                 self.send_error(403, "only for this machine")
+            elif shown := self._page_of_bad_step():
+                self._answer(200, shown)
             elif self.path not in ("/", STILL):
                 self.send_error(404)
             else:
@@ -43,6 +47,12 @@ def watching(run: RunDir, port: int) -> ThreadingHTTPServer:
         def handle(self) -> None:
             with suppress(ConnectionError):  # the tab was closed meanwhile
                 super().handle()
+
+        def _page_of_bad_step(self) -> bytes:
+            """That the report links to; empty where another path is asked for."""
+            found = BAD_STEP.fullmatch(self.path)
+            page = run.bad_steps / found[1] if found else None
+            return page.read_bytes() if page and page.is_file() else b""
 
         def _answer(self, status: int, page: bytes) -> None:
             self.send_response(status)

@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from finetune import watching as watching_module
+from finetune.bad_steps import MAX_IN_A_ROW
 from finetune.charts import (
     ON_WHITE,
     Chart,
@@ -29,7 +32,7 @@ from finetune.charts import (
 from finetune.cli import main
 from finetune.errors import RunDirError
 from finetune.gallery import CARDS_PER_STATUS, differences, shortened
-from finetune.report import judge, planned_steps, write_report
+from finetune.report import NUM_IN_A_ROW, gather, judge, planned_steps, write_report
 from finetune.rundir import RunDir, read_jsonl, write_json, write_jsonl
 from finetune.watching import watching
 from tests.browser import needs_browser, opened_in_chromium, run_chromium
@@ -328,11 +331,51 @@ def test_ticks_are_round_numbers(highest: float):
     assert float(step.partition("e")[0]) in (1, 2, 2.5, 5)
 
 
+def test_the_title_of_a_file_and_its_legend_do_not_overlap(monkeypatch: pytest.MonkeyPatch):
+    drawn: list[Figure] = []
+    stock = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *_, **__: drawn.append(self) or stock(self, *_, **__)
+    )
+    names = ("each logging step", "smoothed", "held-out rows", "step 3,000, judged")
+    lines = [Line(name, "held", [(0, 1.0), (10, 2.0)]) for name in names]
+    line_chart(lines, name="loss", title="Loss", label="").png()
+    (figure,) = drawn
+    figure.draw_without_rendering()  # at the size that it has again
+    (title,) = [each for each in figure.findobj(Text) if each.get_text() == "Loss"]
+    legend = figure.legends[0].get_window_extent()
+    assert not title.get_window_extent().overlaps(legend)
+    assert 0 <= legend.x0 < legend.x1 <= figure.bbox.x1
+
+
 @pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
 def test_a_metric_that_stays_as_it_is_has_ticks_between_0_and_1(value: float):
     line = Line("ANLS", "held", [(10, value), (20, value)], marker="o")
     ticks = ticks_of(line_chart([line], name="anls", title="", label="", is_share=True))
     assert (ticks[0], ticks[-1]) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("values", "low", "high"),
+    [
+        ((1.0, 0.975), 0.8, 1.0),  # one of forty rows became wrong
+        ((0.0, 0.025), 0.0, 0.2),
+        ((0.5, 0.51), 0.405, 0.605),
+        ((0.1, 0.9), 0.1, 0.9),
+        ((1.4, 1.45), 1.4, 1.45),  # an error rate of more than one is no share
+    ],
+)
+def test_a_share_that_hardly_moves_does_not_fill_the_height(
+    values: tuple[float, float], low: float, high: float
+):
+    line = Line("ANLS", "held", list(enumerate(values)), marker="o")
+    chart = line_chart([line], name="anls", title="", label="", is_share=True)
+    bottom, top = chart.paint(ON_WHITE).axes[0].get_ylim()
+    margin = 0.05 * (high - low)
+    assert bottom == pytest.approx(low, abs=1.01 * margin)
+    assert top == pytest.approx(high, abs=1.01 * margin)
+    assert bottom < min(values)
+    assert top > max(values)
 
 
 @pytest.mark.parametrize("broken", ["[]", "{", '{"base": 3, "adapter": {"anls": "high"}}'])
@@ -366,14 +409,167 @@ def test_the_verdict_is_that_of_the_paired_interval(verdict, base, adapter, word
     assert found.word == word
 
 
+@pytest.mark.parametrize(
+    ("evaluation", "metric"),
+    [
+        ({"metrics": ["anls", "exact_match"], "best_metric": "loss"}, "anls"),
+        ({"metrics": ["anls", "exact_match"], "best_metric": "exact_match"}, "exact_match"),
+        ({"metrics": ["cider", "anls"]}, "anls"),  # the first that was measured
+        ({"metrics": "anls", "best_metric": 3}, "exact_match"),
+        (None, "exact_match"),
+    ],
+)
+def test_the_headline_is_of_the_metric_that_the_recipe_puts_first(
+    finished: RunDir, evaluation: dict | None, metric: str
+):
+    finished.recipe.write_text(json.dumps({"evaluation": evaluation}))
+    found = gather(finished)["verdict"]
+    assert found.metric == metric
+
+
+def test_no_change_by_one_metric_does_not_hide_what_changed_by_others(finished: RunDir):
+    finished.recipe.write_text("evaluation: {metrics: [exact_match, anls], best_metric: loss}")
+    figures: dict[str, Any] = {"base": {"exact_match": 0.0, "anls": 0.0, "loss": 9.0}}
+    figures["adapter"] = {"exact_match": 0.0, "anls": 0.98, "loss": 9.5}
+    for side in figures.values():
+        side["perplexity"] = 2.0 ** side["loss"]
+    verdicts = {"exact_match": "no change", "anls": "better", "loss": "worse"}
+    verdicts["perplexity"] = "worse"  # as the loss, and not said twice
+    differences = {name: {"interval": None, "verdict": each} for name, each in verdicts.items()}
+    change_summary(finished, **figures, differences=differences)
+    words = words_of(page_of(finished))
+    assert words.index("No change by exact match, better by ANLS, worse by loss") < 200
+    differences["exact_match"]["verdict"] = "better"
+    change_summary(finished, differences=differences)
+    assert "Better by exact match, worse by loss" in words_of(page_of(finished))
+    differences["loss"]["verdict"] = differences["perplexity"]["verdict"] = "cannot tell"
+    change_summary(finished, differences=differences)
+    assert "Better On 10 rows held out" in words_of(page_of(finished))
+
+
+def test_right_says_by_what_where_the_headline_is_of_another_metric(finished: RunDir):
+    finished.recipe.write_text("evaluation: {metrics: [anls, exact_match]}")
+    words = words_of(page_of(finished))
+    assert "ANLS rose from 0.250 to 0.750" in words
+    assert "9 of 10 right by exact match" in words
+
+
+def test_the_step_whose_weights_were_judged_is_told_and_marked(whole: RunDir):
+    whole.recipe.write_text("evaluation: {load_best: true, best_metric: cer}")
+    assert "judged" not in words_of(page_of(whole))
+    change_summary(whole, best_step=20)
+    page = page_of(whole)
+    assert "The weights are those of step 20, the best CER of the run." in words_of(page)
+    marked = [each for each in re.findall(r"<svg.*?</svg>", page, re.DOTALL) if "judged" in each]
+    charts = [re.findall('label="(Loss|Held-out [a-z ]+)', each) for each in marked]
+    assert charts == [["Loss"], ["Held-out exact match"]]
+    assert all(">step 20, judged</text>" in each for each in marked)
+
+
+def list_bad_steps(run: RunDir, *steps: int, why: str = "the loss is nan") -> None:
+    rows = [{"where": f"data/<b>.jsonl:{i}", "num_tokens": 9, "num_views": 1} for i in range(12)]
+    write_jsonl(
+        run.bad_steps / "steps.jsonl",
+        [{"step": step, "loss": "nan", "why": why, "rows": rows} for step in steps],
+    )
+    (run.bad_steps / f"step-{steps[-1]}.html").write_text("its <b>rows</b>")
+
+
+def test_a_run_that_a_bad_step_ended_says_so_and_shows_its_rows(stopped: RunDir):
+    stopped.recipe.write_text("training: {max_steps: 40, bad_loss: stop, optimizer: adamw}")
+    list_bad_steps(stopped, 25, why="its gradient holds <no> number")
+    page = page_of(stopped)
+    words = words_of(page)
+    assert "Ended by a bad step" in words
+    assert "At step 25 of 40 its gradient holds &lt;no&gt; number." in words
+    assert "was stopped, or is still going" not in words
+    assert f"train {stopped.path}/recipe.yaml training.bad_loss=skip --resume" in words
+    assert "/recipe.yaml --resume" not in words  # alone it comes to the same step again
+    advised = "start again with these mended, a lower training.learning_rate, a higher "
+    assert f"{advised}training.warmup_ratio or model.dtype: float32." in words
+    assert "1 step was bad" in words
+    assert "data/&lt;b&gt;.jsonl:0" in words
+    assert "data/&lt;b&gt;.jsonl:4 and 7 more" in words
+    assert '<a href="bad_steps/step-25.html">' in page
+    stopped.recipe.write_text("training: {bad_loss: stop, optimizer: galore_adamw_layerwise}")
+    assert "training.bad_loss=skip" not in words_of(page_of(stopped))
+    stopped.recipe.write_text("model: {dtype: float32}")  # which is no advice then
+    assert "training.learning_rate or a higher training.warmup_ratio." in words_of(page_of(stopped))
+
+
+def test_steps_left_out_are_counted_from_their_list(stopped: RunDir):
+    stopped.recipe.write_text("training: {max_steps: 40, bad_loss: skip}")
+    with stopped.metrics.open("w") as log:
+        log.write('{"step": 20, "loss": 1.0, "skipped_steps": 8}\n')
+    list_bad_steps(stopped, *range(11, 21))
+    words = words_of(page_of(stopped))
+    assert "10 steps were bad" in words
+    assert "8 steps" not in words
+    assert "was stopped, or is still going" in words  # it has gone on past them
+    list_bad_steps(stopped, *range(12, 22))
+    words = words_of(page_of(stopped))
+    assert "Ended by a bad step" in words
+    assert "training.bad_loss=skip" not in words
+    assert "the 10th in a row" in words
+    assert "mended" not in words  # as so many are hardly at fault
+    list_bad_steps(stopped, *range(13, 22))  # nine: they may be left out
+    assert "was stopped, or is still going" in words_of(page_of(stopped))
+    assert NUM_IN_A_ROW == MAX_IN_A_ROW
+    write_json(stopped.summary, {})
+    assert "9 steps were bad" in words_of(page_of(stopped))
+    assert "Ended by" not in words_of(page_of(stopped))
+
+
+@pytest.mark.parametrize("text", ["3", '{"step": "x", "rows": 3}', '{"rows": [3]}', "{"])
+def test_a_broken_list_of_bad_steps_costs_no_page(stopped: RunDir, text: str):
+    stopped.bad_steps.mkdir()
+    (stopped.bad_steps / "steps.jsonl").write_text(f"{text}\n")
+    assert "Not finished" in words_of(page_of(stopped))
+
+
+def test_a_run_in_several_processes_goes_on_in_as_many(stopped: RunDir):
+    write_json(stopped.environment, {"num_processes": 4})
+    assert "recipe.yaml --resume --processes 4" in words_of(page_of(stopped))
+    write_json(stopped.environment, {"num_processes": 1})
+    assert "--processes" not in words_of(page_of(stopped))
+
+
+def test_a_row_left_out_in_every_epoch_counts_as_one(finished: RunDir):
+    change_summary(finished, num_skipped_rows=20)
+    words = words_of(page_of(finished))
+    assert "1 row, left out 20 times" in words
+    assert "all in skipped.jsonl" not in words
+    change_summary(finished, num_skipped_rows=1)
+    assert "1 row left out." in words_of(page_of(finished))
+
+
+def test_merged_weights_asked_on_other_rows_are_shown(whole: RunDir):
+    page = page_of(whole)
+    assert page.count('<th scope="col">merged</th>') == 0
+    path = whole.evaluations / "docvqa" / "summary.json"
+    found = json.loads(path.read_text())
+    found["merged"] = {"anls": 0.375, "cer": 0.5}
+    write_json(path, found)
+    page = page_of(whole)
+    assert page.count('<th scope="col">merged</th>') == 1
+    assert "<td>0.375</td>" in page
+    assert "CER" in words_of(page)
+
+
 def test_a_lower_error_rate_is_better():
     row = {"scores": {"base": {"cer": 0.5}, "adapter": {"cer": 0.0}}}
-    verdict = judge({"base": {"cer": 0.5}, "adapter": {"cer": 0.0}}, [row] * 8)
+    figures = {"base": {"cer": 0.5}, "adapter": {"cer": 0.0}}
+    verdict = judge(figures, [row] * 8)
     assert verdict is not None
     assert verdict.word == "Better, it seems"
     assert (verdict.num_better, verdict.num_worse) == (8, 0)
     assert verdict.shares is not None
     assert [share.right for share in verdict.shares] == [0, 8]
+
+
+def test_two_sentences_do_not_run_into_one(finished: RunDir):
+    change_summary(finished, base={"cer": 0.5}, adapter={"cer": 0.0})
+    assert "(−0.500). Lower is better." in words_of(page_of(finished))
 
 
 def change_summary(run: RunDir, **changes) -> None:
@@ -486,7 +682,7 @@ def test_two_long_answers_are_compared_to_their_ends(finished: RunDir):
 def test_a_run_that_goes_on_is_watched(whole: RunDir):
     def asked(path: str = "/", host: str = "") -> tuple[int, str]:
         address = f"127.0.0.1:{server.server_port}"
-        connection = http.client.HTTPConnection(address, timeout=20)
+        connection = http.client.HTTPConnection(address, timeout=120)
         connection.request("GET", path, headers={"Host": host or address})
         answer = connection.getresponse()
         return answer.status, answer.read().decode()
@@ -511,6 +707,10 @@ def test_a_run_that_goes_on_is_watched(whole: RunDir):
         whole.summary.write_bytes(before)
         assert 'http-equiv="refresh"' not in asked()[1]
         assert asked("/recipe.yaml")[0] == 404
+        list_bad_steps(whole, 7)
+        assert asked("/bad_steps/step-7.html") == (200, "its <b>rows</b>")
+        assert asked("/bad_steps/step-8.html")[0] == 404
+        assert asked("/bad_steps/../recipe.yaml")[0] == asked("/bad_steps/steps.jsonl")[0] == 404
         assert asked(host="elsewhere.example:80")[0] == asked(host="elsewhere.example")[0] == 403
         assert asked(host="127.0.0.1")[0] == asked(host="localhost")[0] == 200  # at port 80
         with pytest.raises(RunDirError, match="cannot be listened at"):
@@ -534,7 +734,7 @@ def test_a_page_that_cannot_be_made_is_tried_again(whole: RunDir, monkeypatch: p
 
     monkeypatch.setattr(watching_module, "gather", fails)
     with being_watched(whole) as address:
-        connection = http.client.HTTPConnection(*address, timeout=20)
+        connection = http.client.HTTPConnection(*address, timeout=120)
         connection.request("GET", "/")
         answer = connection.getresponse()
         page = answer.read().decode()
@@ -551,20 +751,20 @@ def test_a_tab_that_is_closed_is_no_fault(whole: RunDir, monkeypatch: pytest.Mon
         ended.set()
 
     def slow(_: RunDir, *, still: bool):
-        closed.wait(20)
+        closed.wait(120)
         return 200, "x" * 10_000_000
 
     monkeypatch.setattr(watching_module, "_page", slow)
     monkeypatch.setattr(ThreadingHTTPServer, "shutdown_request", end)
     monkeypatch.setattr(ThreadingHTTPServer, "handle_error", lambda *_: faults.append(_))
     with being_watched(whole) as address:
-        connection = socket.create_connection(address, timeout=20)
+        connection = socket.create_connection(address, timeout=120)
         connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
         reset = struct.pack("ii", 1, 0)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
         connection.close()
         closed.set()
-        assert ended.wait(20)
+        assert ended.wait(120)
     assert not faults
 
 

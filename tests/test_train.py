@@ -1,5 +1,6 @@
 """`finetune train` and the verbs that read its run, end to end on a few steps."""
 
+import io
 import json
 import os
 import re
@@ -14,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from finetune.checkpoints import last_whole
 from finetune.cli import app, main
 from finetune.errors import DataError, FinetuneError, ModelError, RecipeError, RunDirError
+from finetune.evaluate import evaluate
+from finetune.judging import judge
 from finetune.model.generate import generate_answers
 from finetune.recipe import load_recipe
 from finetune.recipe.copying import copy_recipe
@@ -292,11 +296,11 @@ def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(
         start_new_session=True,
     )
     metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and not (metrics.is_file() and len(read_whole(metrics)) > 2):
         time.sleep(0.1)
     os.killpg(process.pid, number)  # as terminals and jobs do: the loading process gets it, too
-    _, messages = process.communicate(timeout=60)
+    _, messages = process.communicate(timeout=300)
     assert process.returncode == exit_code, messages
     assert "'adapter.parts=[language,connector]' --resume" in messages
     checkpoint = last_whole(tmp_path / "run" / "checkpoints")
@@ -419,6 +423,104 @@ def test_patience_that_ends_in_an_evaluation_made_again_takes_no_further_step(
     assert_same_run(run, unbroken)
 
 
+def test_a_run_that_a_bad_step_ends_leaves_a_report_that_says_so(
+    dataset: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = dataset(training={"learning_rate": 1e30, "warmup_ratio": 0, "max_steps": 20})
+    with pytest.raises(ModelError, match=r"step [23]: "):
+        train(str(recipe))
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Ended by a bad step" in page
+    (link,) = re.findall(r'<a href="(bad_steps/[^"]*)"', page)
+    assert (tmp_path / "run" / link).is_file()
+
+
+def test_a_report_that_cannot_be_written_does_not_hide_what_ended_the_run(
+    dataset: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_run: RunDir) -> None:
+        raise OSError("disk quota exceeded")
+
+    monkeypatch.setattr("finetune.train.write_report", fails)
+    recipe = dataset(training={"learning_rate": 1e30, "warmup_ratio": 0, "max_steps": 20})
+    told = io.StringIO()
+    with pytest.raises(ModelError, match=r"step [23]: "):
+        train(str(recipe), console=Console(file=told, width=400))
+    assert "report.html was not written: disk quota exceeded" in told.getvalue()
+
+
+def test_a_signal_within_the_last_answers_leaves_a_report(
+    dataset: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(*_args: Any, **_options: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    recipe = dataset(training={"max_steps": 1}, evaluation={"rows_in_training": 0})
+    with monkeypatch.context() as patch:
+        patch.setattr("finetune.asking.generate_answers", told)
+        with pytest.raises(SystemExit) as stop:
+            train(str(recipe))
+    assert stop.value.code == 75
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Not finished" in page
+    assert train(str(recipe), resume=True) == 0
+
+
+def test_a_finished_run_is_not_asked_again(
+    dataset: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = dataset(training={"max_steps": 2})
+    assert train(str(recipe)) == 0
+    run, weights = RunDir(tmp_path / "run"), "adapter_model.safetensors"
+
+    def asks_again() -> tuple[bool, str]:
+        """Whether it does, and what is told."""
+        asked, told = [], io.StringIO()
+        with monkeypatch.context() as patch:
+            patch.setattr("finetune.train.judge", lambda *_: asked.append(1) or judge(*_))
+            console = Console(file=told, width=400)
+            assert train(str(recipe), resume=True, console=console, results=console) == 0
+        return bool(asked), told.getvalue()
+
+    run.report.unlink()  # killed before it was written
+    asked, told = asks_again()
+    assert not asked
+    assert f"{run.path} is finished; its report: {run.report}" in told
+    assert "exact_match" in told
+    assert "loading nano" not in told
+    assert run.report.is_file()
+    evaluate(run.path)  # writes the summary anew
+    assert not asks_again()[0]
+    # killed before the answers were measured; after the weights were lost, or others took their
+    # place; and before the figures were whole
+    summary = run.summary.read_text()
+    shutil.rmtree(run.evaluation)
+    assert asks_again()[0]
+    (run.adapter / weights).unlink()
+    assert asks_again()[0]
+    (run.adapter / weights).write_bytes(b"others")
+    assert asks_again()[0]
+    run.summary.write_text(summary[: len(summary) // 2])
+    assert asks_again()[0]
+    run.summary.write_bytes(b"\xff")
+    assert asks_again()[0]
+    run.summary.unlink()
+    evaluate(run.path)  # of a run that was killed in its answers: these figures are not all
+    assert asks_again()[0]
+    assert not asks_again()[0]
+
+
+def test_the_table_says_whose_weights_were_judged(
+    dataset: Callable[..., Path], tmp_path: Path
+) -> None:
+    evaluation = {"every_steps": 1, "load_best": True, "best_metric": "loss"}
+    recipe = dataset(training={"max_steps": 2, "save_steps": 1}, evaluation=evaluation)
+    told = io.StringIO()
+    assert train(str(recipe), results=Console(file=told, width=400)) == 0
+    step = json.loads((tmp_path / "run" / "summary.json").read_text())["best_step"]
+    assert f"\nweights of step {step}, the best loss " in told.getvalue()
+
+
 def read_whole(path: Path) -> list[str]:
     return path.read_text().splitlines()
 
@@ -434,7 +536,7 @@ def test_a_signal_before_a_run_takes_it_over_asks_to_be_started_again(number: in
     assert process.stdout
     assert process.stdout.readline() == b"on\n"
     process.send_signal(number)
-    assert process.wait(timeout=30) == 75
+    assert process.wait(timeout=120) == 75
 
 
 def test_the_command_has_signals_ask_so_before_it_does_anything(
