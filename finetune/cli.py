@@ -2,7 +2,6 @@
 answers at once.
 """
 
-import atexit
 import errno
 import json
 import logging
@@ -368,11 +367,11 @@ def _again() -> str:
 
 
 def _end(code: int) -> NoReturn:
-    """Of several processes at once, so that the launcher ends the others before they speak, and
-    without the interpreter's end, at which one that has not parted may abort (processes.part).
+    """Of several processes at once, so that the launcher ends the others before they speak: not by
+    the interpreter's end, which waits for loading processes, and at which one that has not parted
+    may abort (processes.part). Loading processes see that it is gone, and end.
     """
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
