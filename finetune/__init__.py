@@ -36,7 +36,7 @@ on that line, and from any line above it in this list; never from a line below.
     metrics.text  metrics.vqa  metrics.chart  metrics.choice  metrics.caption  metrics.fields
     metrics.bootstrap  metrics
     environment
-    charts  run_charts  gallery  report  watching
+    charts  run_charts  gallery  verdict  report  watching
     checking  check_page  preview_page
     resuming  stream_lists  callbacks  arguments  row_numbers  stream_progress  bad_steps
     out_of_memory  saving  trainer

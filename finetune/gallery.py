@@ -231,6 +231,12 @@ def mapping(value: Any) -> Row:
     return value if isinstance(value, dict) else {}
 
 
+def numbers(value: Any) -> dict[str, float]:
+    """The numbers of a JSON object, by name."""
+    figures = {name: number(figure) for name, figure in mapping(value).items()}
+    return {name: figure for name, figure in figures.items() if figure is not None}
+
+
 def listed(value: Any) -> list[Any]:
     """The value where it is a list, otherwise an empty one."""
     return value if isinstance(value, list) else []

@@ -32,8 +32,9 @@ from finetune.charts import (
 from finetune.cli import main
 from finetune.errors import RunDirError
 from finetune.gallery import CARDS_PER_STATUS, differences, shortened
-from finetune.report import NUM_IN_A_ROW, gather, judge, planned_steps, write_report
+from finetune.report import NUM_IN_A_ROW, gather, planned_steps, write_report
 from finetune.rundir import RunDir, read_jsonl, write_json, write_jsonl
+from finetune.verdict import judge
 from finetune.watching import watching
 from tests.browser import needs_browser, opened_in_chromium, run_chromium
 
