@@ -73,6 +73,7 @@ FORMATS: dict[str, Format] = {
 }
 
 _KEYS = ("messages", "conversations", "conversation", "texts", "query", "response", "ground_truth")
+_IN_FORMATS = (*_KEYS, "image", "images")
 _IMAGE_WORDS = ("image", "img", "photo", "picture", "scan", "file_name", "filename")
 _QUESTION_WORDS = ("question", "query", "prompt", "instruction", "problem")
 _ANSWER_WORDS = (
@@ -186,7 +187,8 @@ def _no_format(row: dict[Any, Any]) -> str:
         for name in names:
             if fault := _fault_under(name, row):
                 return f"no known format reads it: as {fault}"
-            if (near := nearest(name, _KEYS)) and near != name:
+        for name in names:
+            if name not in _IN_FORMATS and (near := nearest(name, _KEYS)):
                 return message + f"is {name!r} meant to be {near!r}?"
         return (
             message + "set format to the one that made the rows, or name the columns, such as "

@@ -3,6 +3,7 @@ signal.
 """
 
 import json
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -17,7 +18,14 @@ from transformers import TrainerCallback
 
 from finetune.environment import peak_memory_gib
 from finetune.metrics import title_of
-from finetune.processes import any_of_all, is_first, process, sum_of_all, wait_for_all
+from finetune.processes import (
+    any_of_all,
+    is_first,
+    is_of_a_lost_process,
+    process,
+    sum_of_all,
+    wait_for_all,
+)
 from finetune.recipe import METRICS, EvaluationSection
 from finetune.resuming import out_of_patience
 from finetune.rundir import RunDir, read_jsonl, write_jsonl
@@ -197,9 +205,13 @@ class StopOnSignal(TrainerCallback):
             self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, _kind: Any, error: BaseException | None, _trace: Any) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler or signal.SIG_DFL)
+        if self.exit_code is not None and is_of_a_lost_process(error):
+            # One has ended, and the signal was the launcher's, which ends them all: why, that one
+            # has said
+            os._exit(self.exit_code)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """From now on there is something to save."""

@@ -353,6 +353,12 @@ def main() -> None:
             raise SystemExit(2) from None
         if int(os.environ.get("WORLD_SIZE") or 1) > 1:
             _let_others_speak()  # most often of one that was lost, and says why
+            from finetune.processes import is_of_a_lost_process
+
+            if is_of_a_lost_process(error):
+                who = f"process {os.environ.get('RANK')}"
+                print(f"error: {who}: another was lost; go on with --resume", file=sys.stderr)
+                _end(2)
         traceback.print_exc()
         print(
             "error: this is a fault of finetune itself; please report it with the lines above",

@@ -286,7 +286,7 @@ def _prepare(
     num_rows = sum(len(source) for source in sources)
     num_looked_at = min(max_rows or num_rows, num_rows)
     while True:
-        looked_at = _first_rows(sources, num_looked_at) if max_rows else sources
+        looked_at = _first_rows(sources, num_looked_at) if num_looked_at < num_rows else sources
         with progress(console, f"checking {what} rows") as on_progress:
             examination, was_kept = examine_once(looked_at, encoder, cache, on_progress=on_progress)
         if num_looked_at == num_rows or examination.num_of(USABLE) >= (max_rows or 0):

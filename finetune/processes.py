@@ -48,6 +48,15 @@ def wait_for_all() -> None:
         _state().wait_for_everyone()
 
 
+def is_of_a_lost_process(error: BaseException | None) -> bool:
+    """Whether it is what a process meets that waits for one which has ended: torch's own error, or
+    gloo's words.
+    """
+    if not torch.distributed.is_available() or not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, torch.distributed.DistError) or "by peer" in str(error)
+
+
 def part() -> None:
     """Close what joins the processes, when the work is done. Left to the interpreter's end, one of
     its threads may ask for the interpreter by then, is ended by force, and the process aborts.

@@ -112,6 +112,7 @@ def gather(run: RunDir) -> dict[str, Any]:
         "best_step": best_step(figures),
         "best_metric": text_of(mapping(settings.get("evaluation")).get("best_metric")),
         "num_processes": int(number(environment.get("num_processes")) or 1),
+        "num_processes_here": int(number(environment.get("num_processes_here")) or 1),
         "bad_steps": bad_steps[:BAD_STEPS_SHOWN],
         "num_bad_steps": len(bad_steps),
         "ended_by": None if summary is not None else ended_by(bad_steps, settings, log),

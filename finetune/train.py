@@ -205,6 +205,9 @@ def _is_judged(prepared: Prepared, run: RunDir) -> bool:
         return False
     if not summary["trainable_parameters"]:
         return True
+    if not any(run.checkpoints.glob("*")):  # removed since, for their room
+        logged = [line["step"] for line in read_jsonl(run.metrics) if "loss" in line]
+        return logged[-1:] == [summary["steps"]]
     checkpoint = last_whole(run.checkpoints)
     return bool(
         checkpoint
@@ -327,6 +330,7 @@ def _begin(prepared: Prepared, run: RunDir, resume: bool) -> None:
         "rows_sha256": prepared.digest(),
         "worst_first": prepared.worst_first,
         "num_processes": share.num_processes,
+        "num_processes_here": processes_here(),
         "shares": [asdict(each) for each in shares],
     }
     write_json(run.environment, environment() | begun_with)

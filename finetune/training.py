@@ -166,10 +166,10 @@ def run_trainer(
         raise ModelError(f"evaluation of step {trainer.state.global_step}: {error}") from error
     except OutOfMemoryError as error:
         if not model.training:  # as the trainer has it in an evaluation alone
-            raise ModelError(
-                f"{error}. These are held-out rows: lower evaluation.batch_size, with which the "
-                "run may go on (--resume)"
-            ) from error
+            helps = "lower evaluation.batch_size, with which the run may go on (--resume)"
+            if prepared.recipe.evaluation.batch_size == 1:
+                helps = "make its images smaller, or leave it out of data.eval, and start again"
+            raise ModelError(f"{error}. This is held out: {helps}") from error
         raise ModelError(f"{error}. {what_helps(prepared.recipe, console)}") from error
     except torch.OutOfMemoryError as error:
         step, told = trainer.state.global_step + 1, str(error).partition("\n")[0]

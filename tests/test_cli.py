@@ -1,11 +1,17 @@
 """How the command ends where something other than its own work ends it."""
 
+import os
+import signal
 import sys
 from typing import NoReturn
 
 import pytest
+from rich.console import Console
+from torch.distributed import DistNetworkError
 
+from finetune.callbacks import StopOnSignal
 from finetune.cli import main
+from finetune.errors import RunDirError
 
 
 def ended(
@@ -46,6 +52,51 @@ def test_of_several_processes_the_first_says_that_they_were_interrupted(
     monkeypatch.setenv("RANK", "1")
     assert ended(KeyboardInterrupt(), "train", monkeypatch, "finetune.train.train") == 130
     assert capfd.readouterr().err == ""
+
+
+LOST = "[../third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection closed by peer"
+
+
+class LeftError(Exception):
+    """In place of the end of this process."""
+
+
+def leaves(code: int) -> NoReturn:
+    raise LeftError(code)
+
+
+@pytest.mark.parametrize("error", [RuntimeError(LOST), DistNetworkError("failed to recv")])
+def test_a_process_that_has_lost_another_is_no_fault_of_finetune(
+    error: RuntimeError, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("finetune.cli.SPEAKS_AFTER_SECONDS", 0)
+    monkeypatch.setattr("os._exit", leaves)
+    with pytest.raises(LeftError, match="2"):
+        ended(error, "train", monkeypatch, "finetune.train.train")
+    assert capfd.readouterr().err == "error: process 1: another was lost; go on with --resume\n"
+
+
+def test_a_process_that_is_ended_for_another_has_no_word_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The launcher's signal comes where it still waits for the one that has ended."""
+    monkeypatch.setattr("os._exit", leaves)
+
+    def train_and_lose(error: Exception, *, signalled: bool) -> None:
+        with StopOnSignal(Console(quiet=True)) as stop:
+            stop.on_train_begin(None, None, None)
+            if signalled:
+                os.kill(os.getpid(), signal.SIGTERM)
+            raise error
+
+    with pytest.raises(LeftError, match="75"):
+        train_and_lose(RuntimeError(LOST), signalled=True)
+    with pytest.raises(RuntimeError, match="by peer"):
+        train_and_lose(RuntimeError(LOST), signalled=False)
+    with pytest.raises(RunDirError, match="full"):  # which is to be told
+        train_and_lose(RunDirError("the disk is full"), signalled=True)
 
 
 @pytest.mark.parametrize(

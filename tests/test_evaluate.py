@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from data_formats.chat import parse_chat
 from data_formats.formats import FORMATS
-from finetune import evaluate
+from finetune import evaluate, preparation
 from finetune.arguments import training_arguments
 from finetune.asking import HeldOut, KeptAnswers, ask_rows, batches_of, with_suffix
 from finetune.cli import app
@@ -325,6 +325,21 @@ def test_figures_on_other_rows_leave_those_of_the_run_alone(made: RunDir, tmp_pa
     assert sorted(path.name for path in made.evaluations.iterdir()) == ["other"]
     asked = evaluate.Asked(settings=["evaluation.max_rows=1"], name="one")
     assert evaluate.evaluate(made.path, asked, console=QUIET).figures["num_eval_rows"] == 1
+
+
+def test_all_rows_are_those_that_the_training_has_checked(
+    made: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And are not checked again, as the first ones of them alone are."""
+    cut: list[int] = []
+    stock = preparation._first_rows  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(
+        preparation, "_first_rows", lambda *given: cut.append(given[1]) or stock(*given)
+    )
+    for number, asked in ((4, "4"), (9, "9"), (3, "3")):
+        settings = [f"evaluation.max_rows={number}"]
+        evaluate.evaluate(made.path, evaluate.Asked(settings=settings, name=asked), console=QUIET)
+    assert cut == [3]
 
 
 @pytest.mark.parametrize(

@@ -561,6 +561,7 @@ def test_rows_that_are_no_objects_have_no_format(rows: list[Any]) -> None:
         ),
         ({"messages": "x"}, "as 'chat', 'messages' must be a list with at least one message"),
         ({"messages": [{"role": "usr", "content": "x"}]}, "as 'chat', messages[0].role is 'usr'"),
+        ({"images": ["a.png"], "id": 1}, "set format to the one that made the rows"),
         ({"texts": "x"}, "as 'cauldron', 'texts' must be a list of exchanges, found a string"),
         ({"response": 5}, "set format to the one that made the rows"),
     ],
@@ -572,6 +573,24 @@ def test_an_unknown_table_is_answered_with_the_mapping_to_write(
         recognise([row])
     assert advice in str(refused.value)
     assert next(iter(row)) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        (
+            {"image": "a.png", "conversations": [{"from": "human", "value": 5}]},
+            "as 'llava', conversations[0].value must be",
+        ),
+        ({"images": ["a.png"], "texts": "q"}, "as 'cauldron', 'texts' must be a list"),
+    ],
+)
+def test_what_is_wrong_under_a_known_key_comes_before_guesses_about_others(
+    row: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(FormatError) as refused:
+        recognise([row])
+    assert told in str(refused.value)
 
 
 @pytest.mark.parametrize(

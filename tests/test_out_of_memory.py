@@ -170,8 +170,11 @@ def test_a_single_held_out_row_that_does_not_fit_is_told_what_else_helps(
     assert "evaluation.max_new_tokens" in str(error.value)
 
 
-def test_a_held_out_loss_that_does_not_fit_is_told_with_the_evaluation_s_settings(
-    dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("batch_size", "told"), [(3, "lower evaluation.batch_size"), (1, "make its images smaller")]
+)
+def test_a_held_out_loss_that_does_not_fit_is_told_with_what_helps(
+    dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, batch_size: int, told: str
 ) -> None:
     from finetune.trainer import VisionSFTTrainer
 
@@ -183,10 +186,12 @@ def test_a_held_out_loss_that_does_not_fit_is_told_with_the_evaluation_s_setting
         return stock(self, *args, **kwargs)
 
     monkeypatch.setattr(VisionSFTTrainer, "compute_loss", compute_loss)
-    recipe = str(dataset(training=settings(), evaluation=IN_TRAINING))
-    with pytest.raises(ModelError, match="step 2: out of memory at a batch of 3 rows") as error:
+    evaluation = IN_TRAINING | {"batch_size": batch_size}
+    recipe = str(dataset(training=settings(), evaluation=evaluation))
+    batch = f"step 2: out of memory at a batch of {batch_size} row"
+    with pytest.raises(ModelError, match=batch) as error:
         train(load_recipe(recipe))
-    assert "held-out rows: lower evaluation.batch_size" in str(error.value)
+    assert f"This is held out: {told}" in str(error.value)
     assert "training." not in str(error.value)
 
 

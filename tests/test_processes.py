@@ -10,6 +10,7 @@ from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from rich.console import Console
@@ -283,6 +284,39 @@ def test_a_signal_ends_all_processes_with_a_checkpoint(
     last = read_jsonl(metrics)[-1]
     assert last["step"] == state["global_step"]
     assert "eval_loss" not in last
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["a picture vanishes", "one is killed"])
+def test_what_ends_one_process_is_all_that_is_told(
+    dataset: Callable[..., Path], tmp_path: Path, fault: str
+) -> None:
+    """The other meets a lost connection, and ends without a word of its own."""
+    training = {"max_steps": 3000, "batch_size": 1, "logging_steps": 1, "save_steps": 1000}
+    recipe = dataset(num_eval=0, training=training)
+    process = subprocess.Popen(
+        [*FINETUNE, "train", str(recipe), "--processes", "2"],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    metrics = RunDir(tmp_path / "run").metrics
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and not (metrics.is_file() and metrics.stat().st_size):
+        time.sleep(0.1)
+    if fault == "a picture vanishes":
+        (tmp_path / "train3.png").unlink()
+        code, told = 2, "train3.png"
+    else:
+        psutil.Process(process.pid).children()[1].kill()
+        code, told = 137, "was killed by SIGKILL"
+    _, messages = process.communicate(timeout=300)
+    assert process.returncode == code, messages
+    assert messages.count("error: ") == 1, messages
+    assert told in messages
+    assert "Traceback" not in messages
+    if code == 2:  # or perhaps the one is killed that writes it
+        assert "Not finished" in RunDir(tmp_path / "run").report.read_text()
 
 
 @pytest.mark.parametrize(

@@ -529,9 +529,13 @@ def test_a_broken_list_of_bad_steps_costs_no_page(stopped: RunDir, text: str):
 
 
 def test_a_run_in_several_processes_goes_on_in_as_many(stopped: RunDir):
-    write_json(stopped.environment, {"num_processes": 4})
-    assert "recipe.yaml --resume --processes 4" in words_of(page_of(stopped))
-    write_json(stopped.environment, {"num_processes": 1})
+    write_json(stopped.environment, {"num_processes": 4, "num_processes_here": 4})
+    words = words_of(page_of(stopped))
+    assert "recipe.yaml --resume --processes 4" in words
+    assert "each machine" not in words
+    write_json(stopped.environment, {"num_processes": 4, "num_processes_here": 2})
+    assert "--resume --processes 2, on each machine" in words_of(page_of(stopped))
+    write_json(stopped.environment, {"num_processes": 1, "num_processes_here": 1})
     assert "--processes" not in words_of(page_of(stopped))
 
 

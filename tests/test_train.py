@@ -508,6 +508,11 @@ def test_a_finished_run_is_not_asked_again(
     evaluate(run.path)  # of a run that was killed in its answers: these figures are not all
     assert asks_again()[0]
     assert not asks_again()[0]
+    shutil.rmtree(run.checkpoints)  # for their room
+    assert not asks_again()[0]
+    lines = read_jsonl(run.metrics)
+    write_jsonl(run.metrics, lines[:1])  # begun anew, and killed in its first step
+    assert asks_again()[0]
 
 
 def test_the_table_says_whose_weights_were_judged(
