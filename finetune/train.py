@@ -1,14 +1,13 @@
 """`finetune train`: a recipe becomes a run directory."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from transformers import set_seed
-from xxhash import xxh3_128
 
 from finetune.callbacks import StopOnSignal
 from finetune.checkpoints import last_whole, move_newer_aside
@@ -17,6 +16,7 @@ from finetune.data_summary import data_summary
 from finetune.engines import use_engine
 from finetune.environment import environment, peak_memory_gib
 from finetune.errors import RecipeError, RunDirError
+from finetune.finished import digest_of_weights, nothing_is_left, still_owes_evaluation
 from finetune.judging import Judgement, judge
 from finetune.model import pissa
 from finetune.model.adapters import count_parameters
@@ -53,7 +53,6 @@ from finetune.resuming import (
     best_step,
     is_finished,
     other_processes,
-    owes_evaluation,
     refuse_another_run,
     refuse_other_processes,
     shares_of,
@@ -63,7 +62,6 @@ from finetune.rundir import (
     RunLock,
     check_run_dir,
     create_run_dir,
-    read_json,
     read_jsonl,
     replacing,
     write_json,
@@ -142,7 +140,7 @@ def train(
         run = RunDir(recipe.output.dir)
         if resume:
             _check_it_may_go_on(prepared, console)
-            if _is_finished(prepared):
+            if nothing_is_left(prepared):
                 console.print(f"{run.path} is finished; its report: {run.report}", soft_wrap=True)
                 if is_first():
                     write_report(run)
@@ -182,53 +180,6 @@ def _reported(run: RunDir, console: Console) -> Iterator[None]:
                     soft_wrap=True,
                 )
         raise
-
-
-def _is_finished(prepared: Prepared) -> bool:
-    """Whether nothing is left to do, as the first process finds it: all steps are taken, and the
-    figures are those of the weights that are there.
-    """
-    found = False
-    if is_first():
-        # a broken summary is made anew, and a broken checkpoint told of where the run goes on
-        with suppress(OSError, ValueError):
-            found = _is_judged(prepared, RunDir(prepared.recipe.output.dir))
-    return lists_of_all([found] if is_first() else [])[0]
-
-
-def _is_judged(prepared: Prepared, run: RunDir) -> bool:
-    summary = read_json(run.summary)
-    # `eval` writes a summary, too, but without that where the run was killed before
-    if summary.get("weights_xxh3_128") != _digest_of_weights(run.adapter):
-        return False
-    if prepared.held_out and not run.predictions.is_file():
-        return False
-    if not summary["trainable_parameters"]:
-        return True
-    if not any(run.checkpoints.glob("*")):  # removed since, for their room
-        logged = [line["step"] for line in read_jsonl(run.metrics) if "loss" in line]
-        return logged[-1:] == [summary["steps"]]
-    checkpoint = last_whole(run.checkpoints)
-    return bool(
-        checkpoint
-        and is_finished(checkpoint, prepared.recipe.evaluation)
-        and not _owes_evaluation(prepared, checkpoint)
-    )
-
-
-def _digest_of_weights(folder: Path) -> str:
-    """Of the files with what was trained; raises `FileNotFoundError` without their folder."""
-    digest = xxh3_128()
-    for path in sorted(folder.iterdir()):
-        if path.suffix == ".safetensors":
-            with path.open("rb") as file:
-                while block := file.read(2**24):
-                    digest.update(block)
-    return digest.hexdigest()
-
-
-def _owes_evaluation(prepared: Prepared, checkpoint: Path) -> bool:
-    return bool(prepared.held_out) and owes_evaluation(checkpoint, prepared.recipe.evaluation)
 
 
 def _check_it_may_go_on(prepared: Prepared, console: Console) -> None:
@@ -382,7 +333,7 @@ def _train(
 ) -> Trained:
     """Take the steps, or those that are left after a checkpoint."""
     evaluation = prepared.recipe.evaluation
-    owes = bool(checkpoint and _owes_evaluation(prepared, checkpoint))
+    owes = bool(checkpoint and still_owes_evaluation(prepared, checkpoint))
     if checkpoint and is_finished(checkpoint, evaluation) and not owes:
         # Trained to the end and killed afterwards: the trainer would take one step too many
         load_checkpoint(model, best_checkpoint(checkpoint) if evaluation.load_best else checkpoint)
@@ -439,7 +390,7 @@ def _judge_and_report(
             "trainable_parameters": done.trainable,
             "total_parameters": done.total,
             "device": environment()["device"],
-            "weights_xxh3_128": _digest_of_weights(run.adapter),
+            "weights_xxh3_128": digest_of_weights(run.adapter),
         },
     )
     write_report(run)

@@ -256,6 +256,20 @@ def test_what_all_processes_find_is_told_once(dataset: Callable[..., Path], tmp_
     assert "Traceback" not in done.stderr
 
 
+def begun_in_two(recipe: Path, metrics: Path) -> subprocess.Popen[str]:
+    """A training in two processes that has logged a step."""
+    process = subprocess.Popen(
+        [*FINETUNE, "train", str(recipe), "--processes", "2"],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and not (metrics.is_file() and metrics.stat().st_size):
+        time.sleep(0.1)
+    return process
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("num_eval", [0, 60])
 def test_a_signal_ends_all_processes_with_a_checkpoint(
@@ -265,16 +279,8 @@ def test_a_signal_ends_all_processes_with_a_checkpoint(
     training = {"max_steps": 3000, "batch_size": 1, "logging_steps": 1, "save_steps": 1000}
     evaluation = {"every_steps": 1, "batch_size": 1, "rows_in_training": 0}
     recipe = dataset(num_eval=num_eval, training=training, evaluation=evaluation)
-    process = subprocess.Popen(
-        [*FINETUNE, "train", str(recipe), "--processes", "2"],
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
     metrics = RunDir(tmp_path / "run").metrics
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and not (metrics.is_file() and metrics.stat().st_size):
-        time.sleep(0.1)
+    process = begun_in_two(recipe, metrics)
     process.send_signal(signal.SIGTERM)
     _, messages = process.communicate(timeout=300)
     assert process.returncode == 75, messages
@@ -294,16 +300,7 @@ def test_what_ends_one_process_is_all_that_is_told(
     """The other meets a lost connection, and ends without a word of its own."""
     training = {"max_steps": 3000, "batch_size": 1, "logging_steps": 1, "save_steps": 1000}
     recipe = dataset(num_eval=0, training=training)
-    process = subprocess.Popen(
-        [*FINETUNE, "train", str(recipe), "--processes", "2"],
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    metrics = RunDir(tmp_path / "run").metrics
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and not (metrics.is_file() and metrics.stat().st_size):
-        time.sleep(0.1)
+    process = begun_in_two(recipe, RunDir(tmp_path / "run").metrics)
     if fault == "a picture vanishes":
         (tmp_path / "train3.png").unlink()
         code, told = 2, "train3.png"

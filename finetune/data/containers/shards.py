@@ -1,5 +1,6 @@
 """The shards of a stream: each reads the rows of one file in their order, from any of them on."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -57,7 +58,7 @@ class Shard(Protocol):
         ...
 
 
-class FileShard:
+class FileShard(ABC):
     """What shards that are files share; each kind of file has its own `entries`."""
 
     def __init__(self, stamp: FileStamp, shown: str):
@@ -72,10 +73,10 @@ class FileShard:
     def parts(self) -> Sequence[Shard]:
         return [self]
 
+    @abstractmethod
     def entries(
         self, first: int, step: int, mark: Mark | None
-    ) -> Generator[tuple[str, Any, Mark | None], None, int]:
-        raise NotImplementedError
+    ) -> Generator[tuple[str, Any, Mark | None], None, int]: ...
 
     def decode(self, entry: Any) -> Any:
         return entry
