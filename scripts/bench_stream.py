@@ -236,6 +236,9 @@ class Spent:
 def watch(recipe: Path, run: RunDir) -> tuple[Spent, Spent, float]:
     """Train; what was spent at the first and at the last line of its metrics, and the peak memory
     in MiB.
+
+    Raises:
+        RuntimeError: The run was too short to see the one without the other.
     """
     command = [sys.executable, "-m", "finetune", "train", str(recipe)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -259,6 +262,11 @@ def watch(recipe: Path, run: RunDir) -> tuple[Spent, Spent, float]:
             time.sleep(TICK_SECONDS)
         messages.seek(0)
         assert process.returncode == 0, messages.read()
+    if len(spent) < 2:
+        raise RuntimeError(
+            f"{run.metrics} was written between two looks at it, {TICK_SECONDS} s apart: nothing "
+            "between its first and last line can be measured. Give more --steps."
+        )
     return spent[0], spent[-1], peak_bytes / 2**20
 
 

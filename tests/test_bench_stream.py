@@ -1,13 +1,17 @@
 """The benchmark at its smallest: that it measures what it says, not how fast anything is."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from finetune.data.containers import open_stream
-from scripts.bench_stream import KINDS, generate, main, time_going_on
+from finetune.rundir import RunDir
+from scripts import bench_stream
+from scripts.bench_stream import KINDS, generate, main, time_going_on, watch
 
 PAGE = "<!-- measured: stream -->\nunmeasured\n<!-- end: stream -->\n"
 
@@ -26,18 +30,33 @@ def test_the_rows_are_as_many_as_asked_and_the_same_each_time(kind: str, tmp_pat
     assert by_passing > 0
 
 
+def test_a_run_too_short_to_look_at_twice_is_no_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDir(tmp_path)
+    all_at_once = f"open({str(run.metrics)!r}, 'w').write('{{}}\\n{{}}\\n')"
+    popen = subprocess.Popen
+    monkeypatch.setattr(
+        bench_stream.subprocess,
+        "Popen",
+        lambda _, **others: popen([sys.executable, "-c", all_at_once], **others),
+    )
+    with pytest.raises(RuntimeError, match="between two looks"):
+        watch(tmp_path / "recipe.yaml", run)
+
+
 @pytest.mark.slow
 def test_a_quick_run_fills_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "page.md"
     page.write_text(PAGE)
     sizes = ["--rows", "150", "300", "--repeats", "1", "--kinds", "parquet"]
-    assert main([*sizes, "--steps", "2", "--batch-size", "2", "--out", str(page)]) == 0
+    assert main([*sizes, "--steps", "40", "--batch-size", "2", "--out", str(page)]) == 0
     text = page.read_text()
     assert "unmeasured" not in text
     assert "| 300 (pictures, Parquet shards) |" in text
     assert "| **300 against 150** |" in text
     printed = capsys.readouterr()
-    assert "2 steps of 2 rows." in printed.out
+    assert "40 steps of 2 rows." in printed.out
     measured: list[dict[str, Any]] = [json.loads(line) for line in printed.err.splitlines()]
     assert [each["num_rows"] for each in measured] == [150, 300]
     for each in measured:
