@@ -41,7 +41,7 @@ on that line, and from any line above it in this list; never from a line below.
     resuming  stream_lists  callbacks  arguments  row_numbers  stream_progress  bad_steps
     out_of_memory  saving  trainer
     sides  asking  judging  preparation  data_summary  vision_cache_plan  planning  fitting
-    training  finished
+    training  finished  endings  summary
     engines  requirements  verifying  answering  serving  card  suites
     tables
     train  merge  serve  evaluate  push  chat  check  preview  convert  plan  score  compare

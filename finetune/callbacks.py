@@ -197,6 +197,7 @@ class StopOnSignal(TrainerCallback):
         self.console = console
         self.exit_code: int | None = None
         """What the signal that came asks for."""
+        self.signal_name = ""
         self._in_steps = False
         self._previous: dict[int, Any] = {}
 
@@ -219,14 +220,16 @@ class StopOnSignal(TrainerCallback):
         self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._on_signal)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        self.signal_name = signal.Signals(number).name
         if not self._in_steps:
-            self.console.print(f"stopped by {signal.Signals(number).name}; go on with --resume")
+            self.console.print(f"stopped by {self.signal_name}; go on with --resume")
             raise SystemExit(RESUME_ME)
         self.exit_code = INTERRUPTED if number == signal.SIGINT else RESUME_ME
         again = " (again: stop at once)" if number == signal.SIGINT else ""
         if again:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        self.console.print(f"stopping after this step and saving a checkpoint{again}")
+        after = "once all processes have taken this step" if process()[1] > 1 else "after this step"
+        self.console.print(f"stopping {after} and saving a checkpoint{again}")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask the trainer for a checkpoint and the end, in every process where one was told; an
@@ -247,7 +250,8 @@ class StopOnSignal(TrainerCallback):
         """All processes have to ask."""
         if not any_of_all(self.exit_code is not None, args.device):
             return False
-        self.exit_code = RESUME_ME if self.exit_code is None else self.exit_code
+        if self.exit_code is None:
+            self.exit_code, self.signal_name = RESUME_ME, "a signal to another process"
         return True
 
     @contextmanager

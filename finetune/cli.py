@@ -18,7 +18,7 @@ import typer.core
 
 from finetune.cli_deploy import RunFolder, deploy_app, run_folder
 from finetune.cli_judge import judge_app
-from finetune.errors import FinetuneError, RecipeError
+from finetune.errors import FinetuneError, RecipeError, message_of
 from finetune.stopping import INTERRUPTED, stop_means_resume_me
 
 SPEAKS_AFTER_SECONDS = 10
@@ -338,7 +338,7 @@ def main() -> None:
         if rank:
             _let_others_speak()  # what all processes find, the first one says
         who = f"process {rank}: " if rank else ""
-        print(f"error: {who}{_message(error)}", file=sys.stderr)
+        print(f"error: {who}{message_of(error)}", file=sys.stderr)
         _end(2)
     except BrokenPipeError:  # `finetune ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -387,12 +387,3 @@ def _end(code: int) -> NoReturn:
 def _let_others_speak() -> None:
     """Wait; of several processes the launcher ends all when one has."""
     time.sleep(SPEAKS_AFTER_SECONDS)
-
-
-def _message(error: FinetuneError) -> str:
-    """The message alone, without the worker's traceback that PyTorch wraps around an error of a
-    loading process.
-    """
-    text = str(error)
-    marker = f"{type(error).__module__}.{type(error).__name__}: "
-    return text.rpartition(marker)[2].strip() if text.startswith("Caught ") else text

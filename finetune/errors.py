@@ -13,6 +13,9 @@ class FinetuneError(Exception):
     to do.
     """
 
+    resume_with: tuple[str, ...] | None = ()
+    """Settings with which a run that it ended goes on by `--resume`; None where none helps."""
+
 
 class RecipeError(FinetuneError, ValueError):
     """The recipe cannot be read, or does not hold together."""
@@ -28,6 +31,15 @@ class ModelError(FinetuneError, ValueError):
 
 class RunDirError(FinetuneError, OSError):
     """The output folder is taken, full, unwritable or no run."""
+
+
+def message_of(error: FinetuneError) -> str:
+    """The message alone, without the worker's traceback that PyTorch wraps around an error of a
+    loading process.
+    """
+    text = str(error)
+    marker = f"{type(error).__module__}.{type(error).__name__}: "
+    return text.rpartition(marker)[2].strip() if text.startswith("Caught ") else text
 
 
 def summarise_problems(

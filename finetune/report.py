@@ -34,7 +34,6 @@ from finetune.gallery import (
     text_of,
 )
 from finetune.metrics import lower_is_better, title_of, with_interval
-from finetune.recipe.conflicts import STEPPING_IN_BACKWARD
 from finetune.recipe.syntax import parse_yaml
 from finetune.run_charts import curves, histograms
 from finetune.rundir import RunDir, read_json, replacing, write_text
@@ -43,8 +42,6 @@ from finetune.verdict import interval_of, judge, metrics_of_headline
 SKIPPED_SHOWN = 10
 BAD_STEPS_SHOWN = 10
 BLAMED_SHOWN = 5
-NUM_IN_A_ROW = 10
-"""Bad steps that end a run which leaves them out (`bad_steps.MAX_IN_A_ROW`)."""
 
 
 def write_report(run: RunDir) -> Path:
@@ -115,11 +112,8 @@ def gather(run: RunDir) -> dict[str, Any]:
         "num_processes_here": int(number(environment.get("num_processes_here")) or 1),
         "bad_steps": bad_steps[:BAD_STEPS_SHOWN],
         "num_bad_steps": len(bad_steps),
-        "ended_by": None if summary is not None else ended_by(bad_steps, settings, log),
-        "in_float32": mapping(settings.get("model")).get("dtype") == "float32",
+        "end": end_of(run, notes),
         "leaves_out": leaves_out(settings),
-        "may_leave_out": may_leave_out(settings),
-        "num_in_a_row": NUM_IN_A_ROW,
         "figures": run_figures(figures, log),
         "device": text_of(figures.get("device")),
         "planned_steps": planned_steps(settings, log),
@@ -213,30 +207,33 @@ def bad_steps_of(run: RunDir, notes: list[str]) -> list[BadStep]:
     return found
 
 
-def ended_by(bad_steps: Sequence[BadStep], settings: Row, log: Sequence[Row]) -> BadStep | None:
-    """The bad step that ended a run which has not finished: it has not come past it, and it is the
-    first one, or, where the recipe leaves them out, the last of too many in a row.
-    """
-    logged = max((number(row.get("step")) or 0 for row in log), default=0)
-    if not bad_steps or bad_steps[-1].step <= logged:
+@dataclass(frozen=True)
+class End:
+    """Why a run ended before its end."""
+
+    is_error: bool
+    why: str
+    at: str
+    settings: str | None  # with which it goes on by `--resume`; None where none helps
+
+
+def end_of(run: RunDir, notes: list[str]) -> End | None:
+    """What `ended.json` tells; None where nothing is known of an end."""
+    told = read_mapping(run.ended, notes)
+    if told is None:
         return None
-    last = bad_steps[-1]
-    steps = [each.step for each in bad_steps[-NUM_IN_A_ROW:]]
-    in_a_row = steps == list(range(last.step - NUM_IN_A_ROW + 1, last.step + 1))
-    return last if in_a_row or not leaves_out(settings) else None
+    settings = told.get("resume_with")
+    return End(
+        told.get("by") == "error",
+        text_of(told.get("why")),
+        text_of(told.get("at")).replace("T", " "),
+        None if settings is None else " ".join(map(text_of, listed(settings))),
+    )
 
 
 def leaves_out(settings: Row) -> bool:
     """Whether bad steps are left out, and do not end the run."""
     return mapping(settings.get("training")).get("bad_loss") == "skip"
-
-
-def may_leave_out(settings: Row) -> bool:
-    """Whether a run that a bad step ended may go on without it."""
-    training = mapping(settings.get("training"))
-    within = str(training.get("optimizer")).endswith(STEPPING_IN_BACKWARD)
-    is_zero = str(training.get("distributed")).startswith("zero")
-    return not leaves_out(settings) and not within and not is_zero
 
 
 # Reading: a torn line or a missing file costs its own part of the page, and a note, never the page.

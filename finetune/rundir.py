@@ -41,6 +41,7 @@ class RunDir:
         self.partial = self.path / "evaluation.partial"
         self.evaluations = self.path / "evaluations"
         self.summary = self.path / "summary.json"
+        self.ended = self.path / "ended.json"
         self.report = self.path / "report.html"
         self.lock = self.path / ".lock"
 

@@ -1,7 +1,5 @@
 """`finetune train`: a recipe becomes a run directory."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +11,11 @@ from finetune.callbacks import StopOnSignal
 from finetune.checkpoints import last_whole, move_newer_aside
 from finetune.data.sampling import was_worst_first
 from finetune.data_summary import data_summary
+from finetune.endings import told_in_the_report, write_end
 from finetune.engines import use_engine
-from finetune.environment import environment, peak_memory_gib
+from finetune.environment import environment
 from finetune.errors import RecipeError, RunDirError
-from finetune.finished import digest_of_weights, nothing_is_left, still_owes_evaluation
+from finetune.finished import nothing_is_left, still_owes_evaluation
 from finetune.judging import Judgement, judge
 from finetune.model import pissa
 from finetune.model.adapters import count_parameters
@@ -62,13 +61,13 @@ from finetune.rundir import (
     RunLock,
     check_run_dir,
     create_run_dir,
-    read_jsonl,
     replacing,
     write_json,
     write_text,
 )
 from finetune.sides import Sides, free_memory, sides_of_adapted, sides_of_run
 from finetune.stream_progress import read_num_streamed
+from finetune.summary import figures_of
 from finetune.tables import (
     dry_run_table,
     messages_console,
@@ -146,7 +145,7 @@ def train(
                     write_report(run)
                     print_summary(run, recipe, results)
                 return 0
-        with _reported(run, console):
+        with told_in_the_report(run, stop, console):
             done = _train_and_save(prepared, resume, overwrite, lock, stop, console)
             if stop.exit_code is not None:
                 console.print(
@@ -155,31 +154,11 @@ def train(
                     soft_wrap=True,
                 )
                 if is_first():
-                    write_report(run)
+                    write_end(run, stop.signal_name)
                 wait_for_all()  # or the launcher ends the first when another has ended
                 return stop.exit_code
             _judge_and_report(prepared, done, console, results)
     return 0
-
-
-@contextmanager
-def _reported(run: RunDir, console: Console) -> Iterator[None]:
-    """Write the report of a run that has begun where an error ends it, or a signal at once; what
-    ended it is not lost where that fails.
-    """
-    try:
-        yield
-    except BaseException:
-        if is_first() and run.is_run():
-            try:
-                write_report(run)
-            except Exception as error:
-                console.print(
-                    f"warning: {run.report} was not written: {error}",
-                    style="yellow",
-                    soft_wrap=True,
-                )
-        raise
 
 
 def _check_it_may_go_on(prepared: Prepared, console: Console) -> None:
@@ -274,7 +253,7 @@ def _train_and_save(
 
 
 def _begin(prepared: Prepared, run: RunDir, resume: bool) -> None:
-    """Write what is known before the first step."""
+    """Write what is known before the first step, and forget how the run ended before."""
     share = Share.of(prepared.recipe, process()[1])
     shares = and_now(shares_of(run) if resume else [], share)
     begun_with = {
@@ -287,6 +266,7 @@ def _begin(prepared: Prepared, run: RunDir, resume: bool) -> None:
     write_json(run.environment, environment() | begun_with)
     # after the environment: with both a run has begun
     write_text(run.recipe, dump_recipe(prepared.recipe))
+    run.ended.unlink(missing_ok=True)
     write_json(run.data, data_summary({"train": prepared.train, "eval": prepared.held_out}))
     if not (resume and prepared.streams):  # a stream adds to the lists as it goes
         write_lists(run.path, prepared.examinations())
@@ -378,59 +358,13 @@ def _judge_and_report(
         )
     if not is_first():
         return
-    write_json(
-        run.summary,
-        _training_figures(run)
-        | judgement.figures()
-        | _rows_by_source(prepared, judgement, streamed)
-        | ({"best_step": done.best_step} if done.best_step else {})
-        | {
-            "num_skipped_rows": prepared.num_left_out() + streamed.get("left out", 0),
-            "peak_memory_gib": round(peak_memory_gib(), 3),
-            "trainable_parameters": done.trainable,
-            "total_parameters": done.total,
-            "device": environment()["device"],
-            "weights_xxh3_128": digest_of_weights(run.adapter),
-        },
-    )
+    found = figures_of(prepared, judgement, streamed) | {
+        "trainable_parameters": done.trainable,
+        "total_parameters": done.total,
+    }
+    write_json(run.summary, found | ({"best_step": done.best_step} if done.best_step else {}))
     write_report(run)
     print_summary(run, recipe, results)
-
-
-def _rows_by_source(
-    prepared: Prepared, judgement: Judgement, streamed: Mapping[str, int]
-) -> dict[str, Any]:
-    """How many rows were trained and judged; those streamed are not counted by source."""
-    counts: dict[str, Any] = {"num_train_rows": streamed.get("trained", 0)}
-    if prepared.train:
-        counts["num_train_rows"] = len(prepared.train.rows)
-        counts["train_rows_by_source"] = prepared.train.rows.num_of_sources()
-    if prepared.held_out:
-        judged = prepared.held_out.rows[: judgement.num_rows]
-        counts["eval_rows_by_source"] = judged.num_of_sources()
-    return counts
-
-
-def _training_figures(run: RunDir) -> dict[str, Any]:
-    """Losses, steps and speed from metrics.jsonl; no step was taken where nothing is trained."""
-    lines = read_jsonl(run.metrics)
-    logged = [line for line in lines if "loss" in line]
-    counts = {
-        f"num_{name}": max(line[name] for line in lines if name in line)
-        for name in ("skipped_steps", "oom_splits")
-        if any(name in line for line in lines)
-    }
-    if not logged:
-        return {"steps": max((line["step"] for line in lines), default=0)} | counts
-    first, last = logged[0], logged[-1]
-    timed = next(line for line in reversed(lines) if "seconds" in line)
-    return counts | {
-        "first_loss": first["loss"],
-        "last_loss": last["loss"],
-        "steps": timed["step"],
-        "train_seconds": timed["seconds"],
-        "samples_per_second": round(timed["samples"] / timed["seconds"], 3),
-    }
 
 
 def _bytes_on_disk(model: Any, recipe: Recipe) -> int:

@@ -78,6 +78,7 @@ def test_what_is_advised_is_what_the_recipe_and_resume_allow(
     going_on = "; go on with --resume and training.bad_loss=skip, or start again with these rows"
     assert (going_on in str(error.value)) == can_skip
     assert "start again with these rows mended, a lower training.learning_rate" in str(error.value)
+    assert error.value.resume_with == (("training.bad_loss=skip",) if can_skip else None)
 
 
 def test_what_the_recipe_has_already_is_not_advised(tmp_path: Path) -> None:
@@ -328,9 +329,14 @@ def test_a_run_that_stopped_at_a_bad_step_goes_on_with_skip(
     poisoned(3)
     with pytest.raises(ModelError, match=r"--resume and training\.bad_loss=skip"):
         train(load_recipe(recipe))
+    ended = tmp_path / "run" / "ended.json"
+    told = json.loads(ended.read_text())
+    assert told["why"].startswith("step 3: the loss is nan")
+    assert told["resume_with"] == ["training.bad_loss=skip"]
     poisoned(1)
     others = ["training.bad_loss=skip", "training.num_workers=1", "data.read_retries=1"]
     assert train(load_recipe(recipe, others), resume=True) == 0
+    assert not ended.exists()
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["num_skipped_steps"] == 1
 
 

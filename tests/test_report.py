@@ -18,7 +18,6 @@ from matplotlib.text import Text
 from PIL import Image
 
 from finetune import watching as watching_module
-from finetune.bad_steps import MAX_IN_A_ROW
 from finetune.charts import (
     ON_WHITE,
     Chart,
@@ -32,7 +31,7 @@ from finetune.charts import (
 from finetune.cli import main
 from finetune.errors import RunDirError
 from finetune.gallery import CARDS_PER_STATUS, differences, shortened
-from finetune.report import NUM_IN_A_ROW, gather, planned_steps, write_report
+from finetune.report import gather, planned_steps, write_report
 from finetune.rundir import RunDir, read_jsonl, write_json, write_jsonl
 from finetune.verdict import judge
 from finetune.watching import watching
@@ -476,26 +475,43 @@ def list_bad_steps(run: RunDir, *steps: int, why: str = "the loss is nan") -> No
     (run.bad_steps / f"step-{steps[-1]}.html").write_text("its <b>rows</b>")
 
 
-def test_a_run_that_a_bad_step_ended_says_so_and_shows_its_rows(stopped: RunDir):
-    stopped.recipe.write_text("training: {max_steps: 40, bad_loss: stop, optimizer: adamw}")
+def end_run(run: RunDir, **told: Any) -> None:
+    end = {"by": "error", "why": "row <7>\nis gone", "resume_with": [], "at": "2026-01-02T03:04:05"}
+    write_json(run.ended, end | told)
+
+
+def test_a_run_that_an_error_ended_tells_which(stopped: RunDir):
+    stopped.recipe.write_text("training: {max_steps: 40}")
+    assert "was killed, or is still going" in words_of(page_of(stopped))
+    end_run(stopped)
+    words = words_of(page_of(stopped))
+    assert "Ended by an error row &lt;7&gt; is gone On 2026-01-02 03:04:05. It has" in words
+    assert "up to step 20 of 40. Base and adapter have not been compared." in words
+    assert "still going" not in words
+    assert f"That mended, go on with: finetune train {stopped.path}/recipe.yaml --resume" in words
+    end_run(stopped, resume_with=None)
+    assert "--resume" not in words_of(page_of(stopped))
+    end_run(stopped, by="signal", why="SIGTERM")
+    words = words_of(page_of(stopped))
+    assert "Stopped By SIGTERM, on 2026-01-02 03:04:05. It has logged" in words
+    assert f" Go on with: finetune train {stopped.path}/recipe.yaml --resume" in words
+    write_json(stopped.summary, {})
+    assert "Stopped" not in words_of(page_of(stopped))
+
+
+def test_bad_steps_are_shown_with_their_rows_and_what_goes_on_without_them(stopped: RunDir):
     list_bad_steps(stopped, 25, why="its gradient holds <no> number")
+    end_run(stopped, resume_with=["training.bad_loss=skip"])
     page = page_of(stopped)
     words = words_of(page)
-    assert "Ended by a bad step" in words
-    assert "At step 25 of 40 its gradient holds &lt;no&gt; number." in words
-    assert "was stopped, or is still going" not in words
-    assert f"train {stopped.path}/recipe.yaml training.bad_loss=skip --resume" in words
+    assert f"Go on with: finetune train {stopped.path}/recipe.yaml training.bad_loss=skip" in words
     assert "/recipe.yaml --resume" not in words  # alone it comes to the same step again
-    advised = "start again with these mended, a lower training.learning_rate, a higher "
-    assert f"{advised}training.warmup_ratio or model.dtype: float32." in words
+    assert '<a href="#bad-steps">' in page
     assert "1 step was bad" in words
+    assert "Step 25: its gradient holds &lt;no&gt; number" in words.replace("</a>", "")
     assert "data/&lt;b&gt;.jsonl:0" in words
     assert "data/&lt;b&gt;.jsonl:4 and 7 more" in words
     assert '<a href="bad_steps/step-25.html">' in page
-    stopped.recipe.write_text("training: {bad_loss: stop, optimizer: galore_adamw_layerwise}")
-    assert "training.bad_loss=skip" not in words_of(page_of(stopped))
-    stopped.recipe.write_text("model: {dtype: float32}")  # which is no advice then
-    assert "training.learning_rate or a higher training.warmup_ratio." in words_of(page_of(stopped))
 
 
 def test_steps_left_out_are_counted_from_their_list(stopped: RunDir):
@@ -506,19 +522,7 @@ def test_steps_left_out_are_counted_from_their_list(stopped: RunDir):
     words = words_of(page_of(stopped))
     assert "10 steps were bad" in words
     assert "8 steps" not in words
-    assert "was stopped, or is still going" in words  # it has gone on past them
-    list_bad_steps(stopped, *range(12, 22))
-    words = words_of(page_of(stopped))
-    assert "Ended by a bad step" in words
-    assert "training.bad_loss=skip" not in words
-    assert "the 10th in a row" in words
-    assert "mended" not in words  # as so many are hardly at fault
-    list_bad_steps(stopped, *range(13, 22))  # nine: they may be left out
-    assert "was stopped, or is still going" in words_of(page_of(stopped))
-    assert NUM_IN_A_ROW == MAX_IN_A_ROW
-    write_json(stopped.summary, {})
-    assert "9 steps were bad" in words_of(page_of(stopped))
-    assert "Ended by" not in words_of(page_of(stopped))
+    assert "No weight knows of them" in words
 
 
 @pytest.mark.parametrize("text", ["3", '{"step": "x", "rows": 3}', '{"rows": [3]}', "{"])
@@ -526,6 +530,12 @@ def test_a_broken_list_of_bad_steps_costs_no_page(stopped: RunDir, text: str):
     stopped.bad_steps.mkdir()
     (stopped.bad_steps / "steps.jsonl").write_text(f"{text}\n")
     assert "Not finished" in words_of(page_of(stopped))
+
+
+@pytest.mark.parametrize("text", ["3", '{"why": 3, "resume_with": 3, "at": []}', "{", "[]"])
+def test_a_broken_record_of_the_end_costs_no_page(stopped: RunDir, text: str):
+    stopped.ended.write_text(text)
+    assert re.search("Not finished|Stopped", words_of(page_of(stopped)))
 
 
 def test_a_run_in_several_processes_goes_on_in_as_many(stopped: RunDir):
