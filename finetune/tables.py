@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -59,25 +60,26 @@ def figures_table(title: str, summary: Mapping[str, Any]) -> Table:
 
 
 def compared_table(found: Mapping[str, Any]) -> Table:
-    """A row a run, a column a metric; in brackets 95% intervals, below them the difference to the
-    first run, with its paired interval, and what that says.
+    """Under each metric a row a run: its figure, the difference to the first run and what that
+    says, both with 95% intervals. As wide for one metric as for many.
     """
-    first, metrics = found["first"], list(found["intervals"][found["first"]])
-    table = Table(show_lines=True, pad_edge=False)
-    table.add_column("")
-    for metric in metrics:
-        table.add_column(metric, justify="right")
-    for name, figures in found["figures"].items():
-        cells = [f"base of {first}" if name == "base" else name]
-        for metric in metrics:
-            cell = _on_two_lines(figures.get(metric), found["intervals"][name][metric])
+    first = found["first"]
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("", overflow="fold")
+    for column in ("figure", "against the first", ""):
+        table.add_column(column, no_wrap=True)
+    for metric in found["intervals"][first]:
+        table.add_row(Text(metric, "bold"))
+        for name, figures in found["figures"].items():
+            cells = [f"base of {first}" if name == "base" else name]
+            cells.append(with_interval(figures.get(metric), found["intervals"][name][metric]))
             against = found["differences"].get(name, {}).get(metric)
             reached = found["figures"][first]
             if against and metric in figures and metric in reached:  # not a loss that is no number
                 gain = figures[metric] - reached[metric]
-                cell += f"\n{with_interval(gain, against['interval'], '+')}\n{against['verdict']}"
-            cells.append(cell)
-        table.add_row(*cells)
+                cells += [with_interval(gain, against["interval"], "+"), against["verdict"]]
+            table.add_row(*cells)
+        table.add_section()
     return table
 
 

@@ -55,10 +55,12 @@ def test_runs_are_compared_on_the_rows_they_share(tmp_path: Path) -> None:
     assert verdicts == {"base": "worse", "better": "better", "alike": "cannot tell"}
     shown = CliRunner().invoke(app, ["compare", *paths]).stdout
     assert "base of first" in shown
-    column = [line.split("│")[2].strip() for line in shown.splitlines() if line.count("│") == 3]
+    rows = [" ".join(line.split()) for line in shown.splitlines()]
     low, high = found["differences"]["better"]["exact_match"]["interval"]
-    at = column.index("0.900")
-    assert column[at + 2 : at + 4] == [f"+0.400 [{low:+.3f}, {high:+.3f}]", "better"]
+    between = "[{:.3f}, {:.3f}]".format(*found["intervals"]["better"]["exact_match"])
+    assert f"better 0.900 {between} +0.400 [{low:+.3f}, {high:+.3f}] better" in rows
+    at = rows.index("exact_match")
+    assert [row.split()[0] for row in rows[at + 1 : at + 5]] == ["base", *names]
     assert "better: 5 rows left out" in shown
     by_letters = compare([first.path, paths[1]], ["cer"])
     assert set(by_letters.measured["first"].columns) == {"cer"}
