@@ -25,7 +25,7 @@ on that line, and from any line above it in this list; never from a line below.
     data.sources  data.stamps  data.vision_cache  data.pictures  data.examples
     data.examination  data.examined
     data.gathering  data.batches  data.heaviest  data.sampling
-    data.collate  data.streaming
+    data.loaders  data.collate  data.streaming
     model  model.parts  model.compiling  model.quantize  model.varlen  model.vision
     model.attention  model.load
     model.vocabulary  model.adapters  model.vision_cache  model.lora  model.pissa

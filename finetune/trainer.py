@@ -17,6 +17,7 @@ from trl.trainer.sft_config import SFTConfig
 from finetune.bad_steps import BadSteps
 from finetune.data.collate import IGNORED_LABEL, BatchRow, Collator
 from finetune.data.examination import Finding
+from finetune.data.loaders import loading_context
 from finetune.data.packed_views import PackedViews
 from finetune.data.sampling import EpochBatches
 from finetune.data.sequences import Layout
@@ -209,10 +210,28 @@ class VisionSFTTrainer(SavingTrainer):
             self.stream,
             batch_size=self.args.per_device_train_batch_size,
             collate_fn=StreamCollator(self.stream.encoder),
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
+            **self._loading(),
         )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """The stock one, whose loading processes leave signals alone from their first moment."""
+        loader = DataLoader(
+            self.eval_dataset if eval_dataset is None else eval_dataset,  # type: ignore[arg-type]
+            batch_size=self.args.eval_batch_size,
+            collate_fn=self.data_collator,
+            **self._loading(),
+        )
+        return self.accelerator.prepare(loader)
+
+    def _loading(self) -> dict[str, Any]:
+        """How all loaders load."""
+        args = self.args
+        return {
+            "num_workers": args.dataloader_num_workers,
+            "pin_memory": args.dataloader_pin_memory,
+            "prefetch_factor": args.dataloader_prefetch_factor,
+            "multiprocessing_context": loading_context(args.dataloader_num_workers),
+        }
 
     def _loader_of_batches(self) -> DataLoader:
         args, dataset = self.args, self.train_dataset
@@ -220,9 +239,7 @@ class VisionSFTTrainer(SavingTrainer):
             dataset,  # type: ignore[arg-type]  # has all that is asked of one
             batch_sampler=self.batches,
             collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
-            prefetch_factor=args.dataloader_prefetch_factor,
+            **self._loading(),
             worker_init_fn=partial(
                 seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
             ),

@@ -3,16 +3,15 @@
 Shape letters: B rows, S sequences (rows, or several laid out as one), T tokens.
 """
 
-import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch.utils.data import get_worker_info
 
 from finetune.data.augment import Augmentation, Draws
 from finetune.data.examples import Encoder, Example
+from finetune.data.loaders import leave_signals_to_the_main_process
 from finetune.data.patience import DriveError
 from finetune.data.sampling import EpochSampler
 from finetune.data.sequences import Layout, Layouting, PackedRows, lay_out
@@ -21,7 +20,6 @@ from finetune.errors import DataError
 from finetune.families.family import Family
 
 IGNORED_LABEL = -100  # what torch's cross-entropy and TRL's fused head both leave out
-GRACE_SECONDS = 60  # that a loading process goes on for after SIGTERM
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,17 +125,6 @@ def refuse_token_mismatch(example: Example, processor: Any, family: Family) -> N
         )
 
 
-def leave_interrupts_to_the_main_process() -> None:
-    """In a loading process: signals reach every process of a terminal or a job, but the main one
-    stops in good order, and needs its loaders until then. SIGTERM, by which torch ends a loader
-    that does not end by itself, still does after a while.
-    """
-    if get_worker_info() is not None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SECONDS))
-
-
 class Collator:
     """The trainer's collator: its dataset holds row numbers, and the rows are encoded here, in the
     loading process.
@@ -169,7 +156,7 @@ class Collator:
         """A batch of the rows whose numbers are given as `row`; nothing is learnt from one that is
         there `again`. Raises `DataError`, or `DriveError`, naming the row.
         """
-        leave_interrupts_to_the_main_process()
+        leave_signals_to_the_main_process()
         encoder, examples = self.encoder, []
         pictures = encoder.new_pictures()
         for feature in features:

@@ -14,10 +14,11 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from finetune.data.augment import Augmentation, Draws
-from finetune.data.collate import BatchRow, collate, leave_interrupts_to_the_main_process
+from finetune.data.collate import BatchRow, collate
 from finetune.data.containers import Place, Reading
 from finetune.data.examination import Finding
 from finetune.data.examples import Encoder, Example, OverlongError
+from finetune.data.loaders import leave_signals_to_the_main_process
 from finetune.data.patience import DriveError
 from finetune.data.sources import StreamSource
 from finetune.errors import DataError
@@ -98,6 +99,7 @@ class ExampleStream(IterableDataset[StreamedExample]):
         self.turn = 0
 
     def __iter__(self) -> Iterator[StreamedExample]:
+        leave_signals_to_the_main_process()
         worker = get_worker_info()
         per_rank, number = (worker.num_workers, worker.id) if worker else (1, 0)
         number = (self.turn + number) % per_rank  # a loader begins with its first process
@@ -202,7 +204,6 @@ class StreamCollator:
         """As `collate`. `stream` holds consumer, position after the batch, findings, the
         number of rows taken, and the `BatchRow`s.
         """
-        leave_interrupts_to_the_main_process()
         encoder = self.encoder
         batch = collate(
             [feature.example for feature in features],
