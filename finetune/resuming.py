@@ -6,8 +6,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from finetune.checkpoints import fault_of
 from finetune.errors import RunDirError
 from finetune.metrics import lower_is_better
+from finetune.processes import is_first, lists_of_all
 from finetune.recipe import EvaluationSection, Recipe, load_recipe
 from finetune.rundir import RunDir, read_json
 
@@ -197,7 +199,30 @@ def best_step(checkpoint: Path) -> int | None:
     return read_json(checkpoint / "trainer_state.json").get("best_global_step")
 
 
-def best_checkpoint(checkpoint: Path) -> Path:
-    """The best one of the run that a checkpoint belongs to; itself where none was found best."""
-    best = read_json(checkpoint / "trainer_state.json").get("best_model_checkpoint")
-    return checkpoint.with_name(Path(best).name) if best else checkpoint
+def best_checkpoint(checkpoint: Path) -> Path | None:
+    """The best one of the run that a checkpoint belongs to, beside it, wherever the run has been
+    moved to; None where none was found best, or that is no longer there.
+    """
+    best = checkpoint.with_name(f"checkpoint-{best_step(checkpoint)}")
+    return best if best.is_dir() else None
+
+
+def refuse_damaged(best: Path) -> None:
+    """Raise `RunDirError` in all processes where the first finds that the best checkpoint, whose
+    weights are to be the run's, is not as it was written, or cannot be read.
+    """
+    told = None
+    if is_first():
+        try:
+            fault = fault_of(best)
+            told = fault and (
+                f"{best}: is damaged ({fault}), and holds the weights of the best evaluation "
+                "(evaluation.load_best); bring its files back, or remove the folder, then go on "
+                "with --resume: without it the last step's weights are taken, or those of a "
+                "better one"
+            )
+        except RunDirError as error:
+            told = str(error)
+    told = lists_of_all([told] if is_first() else [])[0]
+    if told:
+        raise RunDirError(told)

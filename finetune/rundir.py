@@ -139,9 +139,8 @@ def create_run_dir(
                 run.path.rmdir()
         if isinstance(error, RunDirError):
             raise
-        raise RunDirError(
-            f"{path}: cannot be written to ({error.strerror}); set output.dir to a folder that can"
-        ) from error
+        helps = "make room or mend the folder" if resume else "set output.dir to a folder that can"
+        raise RunDirError(f"{path}: cannot be written to ({error.strerror}); {helps}") from error
     return run
 
 

@@ -18,6 +18,7 @@ from finetune.checkpoints import ASIDE, settle
 from finetune.errors import RunDirError
 from finetune.model.methods import load_checkpoint
 from finetune.model.sharding import whole_weights
+from finetune.resuming import refuse_damaged
 from finetune.stream_progress import StreamProgress
 
 TORCH_SAVES = ("PytorchStreamWriter", "inline_container.cc")
@@ -142,7 +143,8 @@ class SavingTrainer(SFTTrainer):
             ) from error
         finally:
             self.args.output_dir, self.args.save_total_limit = str(run), limit
-        if is_first:
+        # what a bad step found may be the last that is good
+        if is_first and not (self.bad_steps and self.bad_steps.num_in_a_row):
             rotate_checkpoints(str(run), limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 
@@ -157,11 +159,13 @@ class SavingTrainer(SFTTrainer):
         self._save(output_dir, state_dict=whole_weights(self.model))
 
     def _know_the_best(self, run: Path) -> None:
-        """Where the best checkpoint will be, which the stock method has looked for aside."""
+        """Where the best checkpoint will be, which the stock method has looked for aside; nowhere
+        if it was removed.
+        """
         step = self.state.best_global_step
         best = run / f"checkpoint-{step}"
-        if step and (step == self.state.global_step or best.is_dir()):
-            self.state.best_model_checkpoint = str(best)
+        is_there = step and (step == self.state.global_step or best.is_dir())
+        self.state.best_model_checkpoint = str(best) if is_there else None
 
     def settle(self) -> None:
         """Bring the weights to where they are meant: schedule-free optimizers train beside it."""
@@ -175,9 +179,11 @@ class SavingTrainer(SFTTrainer):
         load_checkpoint(model or self.model, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        """Ours, as for a resumed run."""
+        """Ours, as for a resumed run. Raises `RunDirError` where the checkpoint is damaged."""
         assert self.state.best_model_checkpoint
-        load_checkpoint(self.model, Path(self.state.best_model_checkpoint))
+        best = Path(self.state.best_model_checkpoint)
+        refuse_damaged(best)
+        load_checkpoint(self.model, best)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: TRL would write an empty card beside every checkpoint; `push` makes one that

@@ -53,6 +53,7 @@ from finetune.resuming import (
     is_finished,
     other_processes,
     refuse_another_run,
+    refuse_damaged,
     refuse_other_processes,
     shares_of,
 )
@@ -313,13 +314,14 @@ def _train(
 ) -> Trained:
     """Take the steps, or those that are left after a checkpoint."""
     evaluation = prepared.recipe.evaluation
+    best = _best_so_far(checkpoint, console) if checkpoint and evaluation.load_best else None
     owes = bool(checkpoint and still_owes_evaluation(prepared, checkpoint))
     if checkpoint and is_finished(checkpoint, evaluation) and not owes:
         # Trained to the end and killed afterwards: the trainer would take one step too many
-        load_checkpoint(model, best_checkpoint(checkpoint) if evaluation.load_best else checkpoint)
+        load_checkpoint(model, best or checkpoint)
         model.to(best_device())
         streamed = read_num_streamed(checkpoint) if prepared.streams else {}
-        step = best_step(checkpoint) if evaluation.load_best else None
+        step = best_step(checkpoint) if best else None
         return replace(done, num_streamed=streamed, best_step=step)
     cache = cache_of(prepared.recipe.output.dir)
     figures = answer_figures(prepared, model, stop)
@@ -331,10 +333,27 @@ def _train(
     state = trainer.state
     return replace(
         done,
-        best_step=state.best_global_step if evaluation.load_best else None,
+        best_step=state.best_global_step
+        if evaluation.load_best and state.best_model_checkpoint
+        else None,
         stopped_at=f"{state.global_step} of {state.max_steps}",
         num_streamed=trainer.progress.num_rows if trainer.progress else {},
     )
+
+
+def _best_so_far(checkpoint: Path, console: Console) -> Path | None:
+    """The best checkpoint of a run that goes on. Raises `RunDirError` where it is damaged."""
+    best, step = best_checkpoint(checkpoint), best_step(checkpoint)
+    if best:
+        refuse_damaged(best)
+    elif step:
+        console.print(
+            f"warning: checkpoint-{step}, of the best evaluation so far, is not there: the last "
+            "step's weights are taken, unless a later evaluation is better",
+            style="yellow",
+            soft_wrap=True,
+        )
+    return best
 
 
 def _judge_and_report(

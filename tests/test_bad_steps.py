@@ -303,6 +303,17 @@ def test_a_bad_step_that_is_taken_again_is_listed_once(
     assert [line["step"] for line in lines(run.path)] == [3]
 
 
+def test_checkpoints_from_before_bad_steps_are_not_deleted_until_a_good_one_is_taken(
+    dataset: Callable[..., Path], tmp_path: Path, poisoned: Callable[[int], None]
+) -> None:
+    keys = settings(max_steps=3, save_steps=1, keep_checkpoints=1, bad_loss="skip")
+    for bad, kept in ((3, {"checkpoint-2", "checkpoint-3"}), (2, {"checkpoint-3"})):
+        poisoned(bad)
+        folder = tmp_path / f"bad-{bad}"
+        train(load_recipe(str(dataset(num_eval=0, training=keys)), [f"output.dir={folder}"]))
+        assert {path.name for path in (folder / "checkpoints").glob("checkpoint-*")} == kept
+
+
 def test_a_gradient_whose_norm_overflows_is_found_though_clipping_made_it_zero(
     dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,7 +1,8 @@
-"""A run that its patience ends: its last steps are logged, and it ends the same when it was broken
-off.
+"""Runs that go on: one that its patience ends, and one whose best weights are those of a step
+before.
 """
 
+import io
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from finetune.errors import RunDirError
 from finetune.recipe import load_recipe
 from finetune.rundir import RunDir, read_json, read_jsonl, write_jsonl
+from finetune.saving import SavingTrainer
 from finetune.train import train
 from tests.test_train import assert_same_run, tell_at
 
@@ -68,3 +71,74 @@ def test_a_run_that_patience_ends_is_the_same_when_a_signal_came(
         assert train(load_recipe(recipe), **QUIET) == 75
     assert train(load_recipe(recipe), resume=True, **QUIET) == 0
     assert_same_run(RunDir(tmp_path / "run"), same)
+
+
+@pytest.fixture
+def early(
+    dataset: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[str, RunDir]:
+    """A run that was stopped at step 5, and learns nothing, so that its best step is 2."""
+    training = {"max_steps": 6, "save_steps": 2, "keep_checkpoints": 2, "learning_rate": 1e-30}
+    evaluation = {"every_steps": 2, "load_best": True, "rows_in_training": 0}
+    recipe = str(dataset(training=training, evaluation=evaluation | {"best_metric": "loss"}))
+    with monkeypatch.context() as patch:
+        tell_at("step", 5, patch)
+        assert train(load_recipe(recipe), **QUIET) == 75
+    run = RunDir(tmp_path / "run")
+    names = {path.name for path in run.checkpoints.glob("checkpoint-*")}
+    assert names == {"checkpoint-2", "checkpoint-5"}
+    return recipe, run
+
+
+def damage(checkpoint: Path) -> None:
+    file = checkpoint / "adapter_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def test_damaged_best_weights_do_not_become_the_run_s(early: tuple[str, RunDir]) -> None:
+    recipe, run = early
+    damage(run.checkpoints / "checkpoint-2")
+    with pytest.raises(RunDirError, match=r"checkpoint-2: is damaged \(adapter_model.*load_best"):
+        train(load_recipe(recipe), resume=True, **QUIET)
+    assert not run.adapter.exists()
+    shutil.rmtree(run.checkpoints / "checkpoint-2")
+    told = io.StringIO()
+    console = Console(file=told, width=400)
+    assert train(load_recipe(recipe), resume=True, console=console, results=console) == 0
+    assert "warning: checkpoint-2, of the best evaluation so far, is not there" in told.getvalue()
+    assert "best_step" not in read_json(run.summary)
+    run.summary.unlink()  # killed before it was written
+    assert train(load_recipe(recipe), resume=True, **QUIET) == 0
+    assert "best_step" not in read_json(run.summary)
+
+
+def test_best_weights_damaged_while_it_trained_do_not_become_the_run_s(
+    early: tuple[str, RunDir], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, run = early
+    stock = SavingTrainer._finalize_training
+
+    def damaged_before(self: Any, *args: Any, **kwargs: Any) -> Any:
+        damage(run.checkpoints / "checkpoint-2")
+        return stock(self, *args, **kwargs)
+
+    monkeypatch.setattr(SavingTrainer, "_finalize_training", damaged_before)
+    with pytest.raises(RunDirError, match="checkpoint-2: is damaged"):
+        train(load_recipe(recipe), resume=True, **QUIET)
+    assert not run.adapter.exists()
+
+
+def test_a_run_that_was_moved_takes_its_own_best_weights(
+    early: tuple[str, RunDir], tmp_path: Path
+) -> None:
+    recipe, run = early
+    moved = RunDir(tmp_path / "moved")
+    shutil.copytree(run.path, moved.path)
+    damage(run.checkpoints / "checkpoint-2")
+    assert train(load_recipe(recipe, [f"output.dir={moved.path}"]), resume=True, **QUIET) == 0
+    assert read_json(moved.summary)["best_step"] == 2
+    weights = Path("adapter_model.safetensors")
+    best = moved.checkpoints / "checkpoint-2" / weights
+    assert (moved.adapter / weights).read_bytes() == best.read_bytes()

@@ -145,3 +145,23 @@ def test_a_run_that_is_replaced_stays_locked(tmp_path: Path) -> None:
         create_run_dir(tmp_path, overwrite=True, lock=lock)
         assert [entry.name for entry in tmp_path.iterdir()] == [".lock"]
     create_run_dir(tmp_path)  # what is left of a run that was killed by then
+
+
+@pytest.mark.parametrize(
+    ("resume", "helps"),
+    [(False, "set output.dir to a folder that can"), (True, "make room or mend the folder")],
+)
+def test_where_nothing_can_be_written_what_helps_is_told(
+    resume: bool, helps: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(**_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    run = RunDir(tmp_path / "run")
+    if resume:
+        run.path.mkdir()
+        for file in (run.recipe, run.environment):
+            file.touch()
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    with pytest.raises(RunDirError, match=rf"\(No space left on device\); {helps}"):
+        create_run_dir(run.path, resume=resume)
