@@ -335,7 +335,7 @@ def test_count(prediction: str, reference: str, expected: int) -> None:
         ("B", "B", 1),
         ("(B)", "B", 1),
         ("B. cat", "B", 1),
-        ("B) A cat", "B", 0),  # two letters
+        ("B) A cat", "B", 1),  # marked at the beginning: the A behind it is an article
         ("It is B.", "B", 1),
         ("B", "B. cat", 1),
         ("C", "Answer: C", 1),
@@ -356,7 +356,8 @@ def test_count(prediction: str, reference: str, expected: int) -> None:
         ("B\ncat on a mat and so on", "B", 1),
         ("B cat on a mat and so on", "B", 0),
         ("B. cat on a mat and so on", "A", 0),
-        ("B. cat on A mat and so on", "B", 0),  # two letters
+        ("B. cat on A mat and so on", "B", 1),
+        ("B. cat on A mat and so on", "A", 0),
         ("The answer is A", "A", 1),
         ("(I)", "I", 1),
         ("J", "I", 0),
@@ -372,6 +373,51 @@ def test_count(prediction: str, reference: str, expected: int) -> None:
         ("A", "A. cat", 1),
         (DECOMPOSED, COMPOSED, 1),
         ("A", "A\u0301", 0),  # no A but a text, as \u00c1 is
+        ("B. A cat", "B. A cat", 1),  # the reference itself
+        ("C. Vitamin D", "C. Vitamin D", 1),
+        ("c) vitamin D.", "C. Vitamin D", 1),
+        ("B. E. coli", "B. E. coli", 1),
+        ("B. A cat", "B", 1),
+        ("B. A cat", "A", 0),
+        ("(B) A cat", "B", 1),
+        ("B: A cat", "B", 1),
+        ("B\nA cat", "B", 1),
+        ("B - A cat on a mat and so on", "B", 1),
+        ('"B" A cat on a mat and so on', "B", 1),
+        ("**B** A cat on a mat and so on", "B", 1),
+        ("B. 20 \u00b0C.", "B", 1),  # no word of its own
+        ("B. cat. The answer is (B).", "B", 1),
+        ("B", "B. A cat", 1),
+        ("A", "B. A cat", 0),
+        ("B. A dog", "B. A cat", 1),  # by its letter
+        ("C. Vitamin D.", "C", 1),  # the end of a sentence
+        ("C. Vitamin D. It is so", "C", 0),
+        ("A. or B.", "A", 0),  # both marked
+        ("A. cat, or B.", "A", 0),
+        ("A. or B.", "B", 0),
+        ("A) and C)", "A", 0),
+        ("A\nB", "A", 0),
+        ("A. cat, (C) dog", "A", 0),
+        ("A. cat or 'C' dog", "A", 0),
+        ("A. or B", "A", 0),  # nothing else behind it
+        ("A: B", "A", 0),
+        ('"B"', "B", 1),
+        ("'A'", "A", 1),
+        ("`B`", "B", 1),
+        ("$B$", "B", 1),
+        ("<B>", "B", 1),
+        ("B-", "B", 1),
+        ("\u201cB\u201d", "B", 1),
+        ("It is 'B'", "B", 1),
+        ("It is `B`", "B", 1),
+        ("I say $B$", "B", 1),
+        ("It is 'A' or 'B'", "B", 0),
+        ("It is B-flat", "B", 0),  # marks within a word part none
+        ("It is B's", "B", 0),
+        ("A' B' and others in a row", "A", 0),  # no pair of marks
+        ("b. a cat", "B. A cat", 1),
+        ("A* Search", "A* search", 1),  # no choice but a text
+        ("A", "A* search", 0),
     ],
 )
 def test_multiple_choice(prediction: str, reference: str, expected: int) -> None:
@@ -552,6 +598,42 @@ def test_nted(prediction: str, reference: str, expected: float) -> None:
 )
 def test_anls_star(prediction: str, reference: str, expected: float) -> None:
     assert anls_star(prediction, [reference]) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "prediction",
+    [
+        FENCED.replace("json", "JSON") % RECEIPT,
+        FENCED.replace("json", "json5") % RECEIPT,
+        FENCED.replace("json", "") % RECEIPT,
+        "Here it is:\n" + FENCED % RECEIPT,
+        FENCED % RECEIPT + "\nI hope that this helps.",
+        f"So: ```{RECEIPT}``` and no more.",
+        f"```json{RECEIPT}```",
+        FENCED % RECEIPT + "\nor\n" + FENCED % "{}",  # the first
+    ],
+)
+def test_text_around_a_code_fence_and_its_language_do_not_count(prediction: str) -> None:
+    assert json_f1(prediction, [RECEIPT]) == (4, 4)
+    assert nted(prediction, [RECEIPT]) == 1
+    assert anls_star(prediction, [RECEIPT]) == 1
+
+
+@pytest.mark.parametrize(
+    "prediction",
+    [
+        f"Here it is: {RECEIPT}",
+        FENCED % "none" + "\nor\n" + FENCED % RECEIPT,
+        FENCED % f"{RECEIPT} and",
+    ],
+)
+def test_json_among_text_without_a_fence_of_its_own_is_none(prediction: str) -> None:
+    assert json_f1(prediction, [RECEIPT]) == (0, 2)
+
+
+@pytest.mark.parametrize("text", ['{"code": "```x```"}', FENCED % '{"code": "```x```"}'])
+def test_a_fence_within_a_value_is_text(text: str) -> None:
+    assert json_f1(text, ['{"code": "```x```"}']) == (2, 2)
 
 
 def test_fields_are_held_against_the_nearest_reference() -> None:

@@ -1,8 +1,9 @@
 """Figures for answers that are JSON: extraction of fields.
 
-A prediction in a code fence counts as what the fence holds. One that is no JSON scores as if it
-were empty; a reference that is none is compared as text. Composed letters are decomposed ones, in
-keys and in values, however JSON writes them.
+A prediction with a code fence counts as what its first fence holds, in whatever language that says
+it is; text around the fence does not count. One that is no JSON scores as if it were empty; a
+reference that is none is compared as text. Composed letters are decomposed ones, in keys and in
+values, however JSON writes them.
 """
 
 import json
@@ -15,7 +16,8 @@ from rapidfuzz.distance import Levenshtein
 
 from finetune.metrics.text import composed
 
-_FENCE = re.compile(r"^```(?:json)?\s*(.*?)\s*```$", re.DOTALL)
+_FENCE = re.compile(r"```(?:[a-z][^\s{\[`]*(?=[\s{\[]))?\s*", re.IGNORECASE)
+_DECODER = json.JSONDecoder()
 _LEAF = "<leaf>"
 _DEEPEST = 50  # what nests deeper counts as no JSON: the figures recurse, and would fail
 
@@ -52,7 +54,8 @@ def nted(prediction: str, references: Sequence[str]) -> float:
     """1 - the tree edit distance to the nearest reference over that of the empty tree; at least 0.
 
     Inner nodes cost 1, leaves their characters, and leaves are exchanged at the Levenshtein
-    distance. Source: Donut's cal_acc (arXiv 2111.15664, donut/util.py), on zss's Zhang-Shasha.
+    distance. Source: Donut's cal_acc (arXiv 2111.15664, donut/util.py), on zss's Zhang-Shasha,
+    whose time grows steeply with the number of nodes.
     """
     return max((_tree_likeness(*_parsed(prediction, each)) for each in references), default=0.0)
 
@@ -132,12 +135,24 @@ def _parsed(prediction: str, reference: str) -> tuple[Any, Any]:
 
 
 def _json(text: str) -> tuple[Any, bool]:
-    fenced = _FENCE.match(text.strip())
-    try:
-        value = json.loads(fenced[1] if fenced else text)
-    except (ValueError, RecursionError):
-        return None, False
-    return (None, False) if _is_deep(value) else (_composed(value), True)
+    for read in (json.loads, _fenced):
+        try:
+            value = read(text)
+        except (ValueError, RecursionError):
+            continue
+        return (None, False) if _is_deep(value) else (_composed(value), True)
+    return None, False
+
+
+def _fenced(text: str) -> Any:
+    """What the first code fence holds; a fence in one of its texts does not end it."""
+    opening = _FENCE.search(text)
+    if opening is None:
+        raise ValueError("no fence")
+    value, end = _DECODER.raw_decode(text, opening.end())
+    if not text[end:].lstrip().startswith("```"):
+        raise ValueError("no end of the fence")
+    return value
 
 
 def _is_deep(value: Any) -> bool:
