@@ -1,5 +1,6 @@
 """The report, from run directories built by hand."""
 
+import html
 import http.client
 import json
 import re
@@ -311,9 +312,11 @@ def test_a_question_keeps_its_lines_and_its_direction_to_itself(whole: RunDir):
 
 
 def test_numbers_of_the_data_stand_at_the_right(whole: RunDir):
-    table = re.search(r'<table class="([^"]*)">\s*<thead><tr><th scope="col">part', page_of(whole))
+    table = re.search(
+        r'<table class="([^"]*)"[^>]*>\s*<thead[^>]*><tr[^>]*><th[^>]*>part<', page_of(whole)
+    )
     assert table
-    assert table[1] == "figures numbers"
+    assert table[1] == "figures stacked numbers"
 
 
 def ticks_of(chart: Chart) -> list[float]:
@@ -560,14 +563,14 @@ def test_a_row_left_out_in_every_epoch_counts_as_one(finished: RunDir):
 
 def test_merged_weights_asked_on_other_rows_are_shown(whole: RunDir):
     page = page_of(whole)
-    assert page.count('<th scope="col">merged</th>') == 0
+    assert page.count(">merged</th>") == 0
     path = whole.evaluations / "docvqa" / "summary.json"
     found = json.loads(path.read_text())
     found["merged"] = {"anls": 0.375, "cer": 0.5}
     write_json(path, found)
     page = page_of(whole)
-    assert page.count('<th scope="col">merged</th>') == 1
-    assert "<td>0.375</td>" in page
+    assert page.count(">merged</th>") == 1
+    assert ">0.375</td>" in page
     assert "CER" in words_of(page)
 
 
@@ -653,7 +656,7 @@ def test_a_run_with_everything_shows_everything(whole: RunDir):
         "training 12 9 12 4,800 96",
     ):
         assert shown in words, shown
-    assert "<td>0.500 [0.250, 0.750]</td>" in page
+    assert ">0.500 [0.250,\u00a00.750]</td>" in page
     files = {path.name for path in whole.charts.iterdir()}
     assert {"loss.png", "learning_rate.png", "eval_exact_match.png", "train_tokens.png"} <= files
     for path in whole.charts.iterdir():
@@ -861,23 +864,27 @@ FRAME = """
 """
 
 
+def seen_by(script: str, page: str, folder: Path, width: int, *flags: str) -> dict[str, Any]:
+    """What a script that stands at the page's end tells, the page being `width` px wide."""
+    policy = re.search(r'<meta http-equiv="Content-Security-Policy"[^>]*>', page)
+    assert policy  # which would not let the test look
+    lazy = page.replace(policy[0], "").replace(' loading="lazy"', "")
+    (folder / "looked.html").write_text(lazy.replace("</body>", f"{script}</body>"))
+    framed = folder / "framed.html"
+    framed.write_text(FRAME.format(page="looked.html", width=width))
+    dom = run_chromium("--dump-dom", framed, "--virtual-time-budget=5000", *flags)
+    found = re.search(r'<pre id="seen">(.*?)</pre>', dom)
+    assert found
+    return json.loads(html.unescape(found[1]))
+
+
 @pytest.mark.slow
 @needs_browser
 @pytest.mark.parametrize(("width", "theme"), [(390, "light"), (390, "dark"), (1280, "light")])
 def test_a_browser_shows_the_figures_and_the_filter_works(whole: RunDir, width: int, theme: str):
-    page = page_of(whole)
-    policy = re.search(r'<meta http-equiv="Content-Security-Policy"[^>]*>', page)
-    assert policy  # which would not let the test look
-    looked = whole.report.with_name("looked.html")
-    lazy = page.replace(policy[0], "").replace(' loading="lazy"', "")
-    looked.write_text(lazy.replace("</body>", f"{LOOK}</body>"))
-    framed = looked.with_name("framed.html")
-    framed.write_text(FRAME.format(page=looked.name, width=width))
     dark = ["--blink-settings=preferredColorScheme=0"] * (theme == "dark")
-    dom = run_chromium("--dump-dom", framed, "--virtual-time-budget=5000", *dark)
-    found = re.search(r'<pre id="seen">(.*?)</pre>', dom)
-    assert found
-    seen = json.loads(found[1])
+    page = page_of(whole)
+    seen = seen_by(LOOK, page, whole.path, width, *dark)
     statuses = {"show-fixed": 8, "show-wrong": 1, "show-right": 1}
     assert {name: seen[name] for name in statuses} == statuses
     assert seen["all"] == seen["show-all"] == 10
@@ -889,6 +896,117 @@ def test_a_browser_shows_the_figures_and_the_filter_works(whole: RunDir, width: 
     assert seen["lines"] < 4  # and names stand there in words, not in letters
     assert seen["drawn"] == page.count("<svg")
     assert seen["shown"] == 1
+
+
+# Says what lies outside the window or needs scrolling to, and what each line of a table reads.
+READ = """
+<script>
+const seen = {};
+const all = (what, within = document) => [...within.querySelectorAll(what)];
+all("details").forEach(each => each.open = true);
+const text = document.createRange();
+const reaches = each => {
+  text.selectNodeContents(each);
+  const right = Math.max(each.getBoundingClientRect().right, text.getBoundingClientRect().right);
+  return right > innerWidth + .5 || each.scrollWidth > each.clientWidth + 1;
+};
+const tables = "table, tbody, tbody *, .scroll, .pairs, .pairs *, pre";
+seen.beyond = all(tables).filter(reaches).map(each => each.textContent.trim().slice(0, 40));
+const shown = each => each.getClientRects().length ? each.textContent.replace(/\\s+/g, " ") : "";
+const labelled = each => getComputedStyle(each, "::before").content + shown(each);
+seen.rows = all("tbody tr").map(row => [...row.children].map(labelled));
+seen.letters = all(".pairs dd").filter(each => each.clientWidth < 150).length;
+parent.postMessage(JSON.stringify(seen), "*");
+</script>
+"""
+
+
+@pytest.fixture
+def widest(whole: RunDir) -> RunDir:
+    """A run with long figures in all columns that its tables may have."""
+    found = json.loads(whole.summary.read_text())
+    found["base"]["loss"], found["adapter"]["loss"] = 11.25, 0.125
+    found["intervals"]["base"]["loss"] = [10.5, 12.5]
+    found["differences"]["loss"] = {"interval": [-12.5, -10.5], "verdict": "cannot tell"}
+    change_summary(whole, **found)
+    path = whole.evaluations / "docvqa" / "summary.json"
+    other = json.loads(path.read_text()) | {"merged": {"anls": 0.5}}
+    other["intervals"] |= {"base": {"anls": [0.0, 0.5]}, "merged": {"anls": [0.25, 0.75]}}
+    other["differences"] = {"anls": {"interval": [0.125, 0.5], "verdict": "cannot tell"}}
+    write_json(path, other)
+    counted = json.loads(whole.data.read_text())
+    write_json(whole.data, counted | {"eval": dict.fromkeys(counted["train"], 10**8)})
+    whole.recipe.write_text(f"data: {{train: [{'folder/' * 20}]}}\n")
+    environment = json.loads(whole.environment.read_text())
+    write_json(whole.environment, environment | {"a_name_of_many_words" * 3: "cu" * 40})
+    return whole
+
+
+@pytest.mark.slow
+@needs_browser
+@pytest.mark.parametrize("width", [360, 768, 769, 1280])
+def test_no_figure_is_cut_off_or_has_to_be_scrolled_to(widest: RunDir, width: int):
+    seen = seen_by(READ, page_of(widest), widest.path, width)
+    assert seen["beyond"] == []
+    assert seen["letters"] == 0
+    if width > 768:
+        assert seen["rows"][0][1] == "none0.100"
+        return
+    assert seen["rows"][1:6] == [
+        [
+            "noneANLS",
+            '"base"0.250 [0.200, 0.300]',
+            '"adapter"0.750 [0.700, 0.800]',
+            '"difference"+0.500 [+0.400, +0.600]',
+            '"verdict"better',
+        ],
+        [
+            "noneloss lower is better",
+            '"base"11.250 [10.500, 12.500]',
+            '"adapter"0.125',
+            '"difference"−11.125 [−12.500, −10.500]',
+            '"verdict"cannot tell',
+        ],
+        [
+            "nonedocvqa 3 rows; beside it: 0.740 of idefics2-8b",
+            '"metric"ANLS',
+            '"base"0.250 [0.000, 0.500]',
+            '"adapter"0.500 [0.250, 0.750]',
+            '"merged"0.500 [0.250, 0.750]',
+            '"verdict"cannot tell',
+        ],
+        [
+            "nonedocvqa 3 rows",
+            '"metric"loss',
+            '"base"1.000',
+            '"adapter"1.000',
+            '"merged"–',
+            '"verdict"–',
+        ],
+        [
+            "nonetraining",
+            '"rows"12',
+            '"pictures"9',
+            '"views"12',
+            '"tokens"4,800',
+            '"learnt"96',
+        ],
+    ]
+
+
+def test_rows_and_cells_that_a_phone_stacks_say_that_they_are_a_table_s(whole: RunDir):
+    page = page_of(whole)
+    tags = re.findall(r"<(?:table|thead|tbody|tr|th|td)\b[^>]*>", page)
+    roles = {(re.split(r"\W", tag)[1], *re.findall(r'(?:scope|role)="(\w+)"', tag)) for tag in tags}
+    assert roles == {
+        ("table", "table"),
+        ("thead", "rowgroup"),
+        ("tbody", "rowgroup"),
+        ("tr", "row"),
+        ("th", "col", "columnheader"),
+        ("th", "row", "rowheader"),
+        ("td", "cell"),
+    }
 
 
 @pytest.mark.slow
