@@ -1,5 +1,5 @@
-"""Held-out rows put to a model: what it answers, and how likely it holds the references. Shared out
-over processes, and gone on with where an earlier attempt was broken off.
+"""Held-out rows put to a model: what it answers, and how likely it holds each row's own answer.
+Shared out over processes, and gone on with where an earlier attempt was broken off.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,8 +15,10 @@ from rich.progress import Progress
 
 from data_formats.chat import Conversation, Text
 from finetune.data.collate import collate
-from finetune.data.examples import Encoder
+from finetune.data.examples import Encoder, Example
+from finetune.data.pictures import Pictures
 from finetune.data.sources import Row
+from finetune.errors import DataError
 from finetune.model.generate import generate_answers
 from finetune.model.loss import sum_losses
 from finetune.out_of_memory import out_of_memory_asking, told_apart
@@ -28,8 +30,8 @@ from finetune.sides import Side
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model makes of a row: its own words, and of the row's learnt tokens the loss, in nats
-    and summed, and their number.
+    """What a model makes of a row: its own words, and of the row's last answer the loss, in nats
+    and summed, and its number of tokens.
     """
 
     text: str
@@ -87,7 +89,8 @@ class KeptAnswers:
         )
 
     def _key(self, side: Side) -> str:
-        return f"{side.key}:{self.question}"
+        # what the loss is of: a version before this one summed it over every learnt turn
+        return f"{side.key}:{self.question}:last answer"
 
 
 def ask_rows(
@@ -188,8 +191,30 @@ def with_suffix(row: Row, suffix: str | None) -> Row:
     return replace(row, conversation=Conversation(tuple(messages)))
 
 
+def with_last_answer_learnt(row: Row) -> Row:
+    """The row with its last answer to be learnt, whatever it says itself, and no other turn."""
+    messages = row.conversation.messages
+    last = _last_answer(messages)
+    learnt = tuple(replace(message, train=i == last) for i, message in enumerate(messages))
+    return replace(row, conversation=Conversation(learnt))
+
+
 def _last_answer(messages: Sequence[Any]) -> int:
     return max(i for i, message in enumerate(messages) if message.role == "assistant")
+
+
+def _encode_last_answer(encoder: Encoder, row: Row, pictures: Pictures) -> Example:
+    """The row with its last answer alone to be learnt. An answer of `train: false` that shares a
+    token with its prompt has nothing to learn: only where it is learnt was that refused before.
+    """
+    try:
+        return encoder.encode(with_last_answer_learnt(row), pictures=pictures)
+    except DataError:
+        messages = row.conversation.messages
+        if messages[_last_answer(messages)].train:
+            raise
+        example = encoder.encode(row, pictures=pictures)  # which has every other fault again
+        return replace(example, loss_mask=[False] * len(example.loss_mask))
 
 
 def _ask(
@@ -200,7 +225,7 @@ def _ask(
     prompts, examples = [], []
     for row in rows:
         prompts.append(encoder.encode_prompt(row, pictures))
-        examples.append(encoder.encode(row, pictures=pictures))
+        examples.append(_encode_last_answer(encoder, row, pictures))
     texts = generate_answers(
         model,
         encoder.processor,

@@ -1,6 +1,7 @@
 """`finetune eval`: a run's figures again on its own held-out rows, or new ones on other rows."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -88,7 +89,7 @@ def evaluate(
         _refuse_other_figures(folder, about)
     encoder = load_encoder(recipe, console)
     sides = _sides(run, recipe, asked, encoder, console)
-    held_out = _held_out(run, recipe, encoder, console)
+    held_out = _held_out(run, recipe, asked, encoder, console)
     to_ask = held_out.to_ask().first(recipe.evaluation.max_rows)
     if not own:  # which rows they are is known by now
         about["rows_sha256"] = _digest(to_ask)
@@ -125,10 +126,18 @@ def _recipe_to_ask(run: RunDir, asked: Asked) -> tuple[Recipe, Suite | None]:
                 f"{setting}: would draw other rows than were held out, and trained ones among "
                 "them; give other rows with --data"
             )
+        if _names_rows(key) and (asked.data or asked.suite):
+            option = "--data" if asked.data else "--suite"
+            raise RecipeError(
+                f"{key} and {option} exclude each other: each brings its own rows; leave {option} "
+                "out"
+            )
     suite = SUITES.get(asked.suite) if asked.suite else None
     if asked.suite and suite is None:
         raise RecipeError(f"--suite {asked.suite}: is none of {', '.join(SUITES)}")
     changes = list(asked.settings)
+    if any(_names_rows(setting.partition("=")[0]) for setting in asked.settings):
+        changes.append("data.eval_fraction=0")  # as --data does: either may be set, not both
     metrics = list(asked.metrics)
     if suite:
         metrics = metrics or [suite.metric]
@@ -155,6 +164,10 @@ def _recipe_to_ask(run: RunDir, asked: Asked) -> tuple[Recipe, Suite | None]:
     return recipe, suite
 
 
+def _names_rows(key: str) -> bool:
+    return f"{key}.".startswith("data.eval.")
+
+
 def _sides(
     run: RunDir, recipe: Recipe, asked: Asked, encoder: Any, console: Console
 ) -> dict[str, Side]:
@@ -171,7 +184,13 @@ def _sides(
     return sides
 
 
-def _held_out(run: RunDir, recipe: Recipe, encoder: Any, console: Console) -> PreparedRows:
+# Advice that an entry of data.eval can follow, and a path alone cannot
+_SET_WITH_THE_ROWS = re.compile(r"\bset (format|image_root)\b")
+
+
+def _held_out(
+    run: RunDir, recipe: Recipe, asked: Asked, encoder: Any, console: Console
+) -> PreparedRows:
     known = read_json(run.environment).get("rows_sha256") if run.environment.is_file() else None
     if recipe.data.eval_fraction and known is None:
         raise DataError(
@@ -179,9 +198,18 @@ def _held_out(run: RunDir, recipe: Recipe, encoder: Any, console: Console) -> Pr
             "(data.eval_fraction), and it does not say which data that was, so that trained rows "
             "could be judged as held out; evaluate the run where it was trained"
         )
-    held_out = prepare_held_out(
-        recipe, encoder, cache_of(run.path), console, max_rows=recipe.evaluation.max_rows
-    )
+    try:
+        held_out = prepare_held_out(
+            recipe, encoder, cache_of(run.path), console, max_rows=recipe.evaluation.max_rows
+        )
+    except DataError as error:
+        if not asked.data or not _SET_WITH_THE_ROWS.search(str(error)):
+            raise
+        entries = ", ".join(f"{{path: {path}, ...}}" for path in asked.data)
+        raise DataError(
+            f"{error}\n--data takes no such setting; give it with the rows: finetune eval "
+            f"{run.path} 'data.eval=[{entries}]' --name {asked.folder_name()}"
+        ) from error
     assert held_out
     if recipe.data.eval_fraction and held_out.examination.digest() != known:
         raise DataError(

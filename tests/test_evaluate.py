@@ -18,6 +18,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -30,6 +31,7 @@ from finetune.cli import app
 from finetune.data.collate import collate
 from finetune.data.examples import Encoder
 from finetune.data.images import ImageAccess
+from finetune.data.render import Renderer
 from finetune.data.sources import Row
 from finetune.errors import DataError, RecipeError, RunDirError
 from finetune.metrics import measure
@@ -133,6 +135,95 @@ def test_the_loss_is_that_of_the_library(
         assert loss / count == pytest.approx(float(expected), rel=1e-5)
 
 
+def turns(*said: str, trained: Sequence[bool] = (), **last: Any) -> Row:
+    """Question and answer in turn; `trained` says of each answer whether it is learnt."""
+    pairs = zip(said[::2], said[1::2], strict=True)
+    messages = [message for pair in pairs for message in chat_row(*pair)["messages"]]
+    for message, is_learnt in zip(messages[1::2], trained, strict=False):
+        message["train"] = is_learnt
+    messages[-1] |= last
+    return Row("rows.jsonl:1", parse_chat({"messages": messages}), ImageAccess(Path()))
+
+
+SAID = ("Read it.", "four and one", "The total?", "5")
+
+
+def loss_after_prompt(model: Any, encoder: Encoder, row: Row) -> tuple[float, int]:
+    """Summed over what follows the prompt up to the end of the turn, of the library's own logits;
+    and how many tokens that is.
+    """
+    prompt, example = encoder.encode_prompt(row).input_ids, encoder.encode(row)
+    ids, start = torch.tensor(example.input_ids), len(prompt)
+    assert example.input_ids[:start] == prompt
+    end_of_turn = encoder.processor.tokenizer.convert_tokens_to_ids("<end_of_utterance>")
+    stop = example.input_ids.index(end_of_turn, start) + 1
+    with torch.inference_mode():
+        logits = model(input_ids=ids[None]).logits[0, start - 1 : stop - 1]
+    return float(torch.nn.functional.cross_entropy(logits, ids[start:stop], reduction="sum")), (
+        stop - start
+    )
+
+
+@pytest.mark.parametrize("trained", [(), (True, False), (False, True)])
+def test_the_loss_is_of_the_last_answer_whichever_turns_are_learnt(
+    nano_model: Any, encoder: Encoder, trained: Sequence[bool]
+) -> None:
+    row = turns(*SAID, trained=trained)
+    (answer,) = ask(side_of(nano_model, encoder), held_out([row], encoder))
+    loss, num_tokens = loss_after_prompt(nano_model, encoder, row)
+    assert (answer.num_tokens, num_tokens) == (3, 3)  # a space, 5, the end of the turn
+    assert answer.loss == pytest.approx(loss, rel=1e-4)
+
+
+def test_the_loss_of_a_row_of_one_turn_is_that_of_its_learnt_tokens(
+    nano_model: Any, encoder: Encoder, rows: list[Row]
+) -> None:
+    answers = ask(side_of(nano_model, encoder), held_out(rows, encoder), batch_size=1)
+    for row, answer in zip(rows, answers, strict=True):
+        batch = collate([encoder.encode(row)], encoder.processor, encoder.family)
+        assert [[answer.loss, answer.num_tokens]] == sum_losses(nano_model, batch).tolist()
+
+
+def test_the_loss_is_of_the_row_s_own_answer_where_others_count_as_right_too(
+    nano_model: Any, encoder: Encoder
+) -> None:
+    row, several = turns(*SAID), turns(*SAID, references=["five", "5.0"])
+    alone, beside = (
+        ask(side_of(nano_model, encoder), held_out([each], encoder))[0] for each in (row, several)
+    )
+    assert beside == alone
+
+
+@pytest.mark.parametrize("trained", [(), (True, True, False)])
+def test_the_loss_is_of_the_last_answer_where_turns_were_dropped(
+    nano_model: Any, encoder: Encoder, trained: Sequence[bool]
+) -> None:
+    row, left = turns("Long? " * 20, "yes", *SAID, trained=trained), turns(*SAID)
+    whole = len(encoder.encode(row).input_ids)
+    dropping = replace(encoder, max_tokens=whole - 1, overlong="drop_turns")
+    (answer,) = ask(side_of(nano_model, dropping), held_out([row], dropping))
+    (expected,) = ask(side_of(nano_model, encoder), held_out([left], encoder))
+    assert answer == expected
+
+
+def test_a_last_answer_that_cannot_be_told_from_its_prompt_has_no_loss(
+    nano_model: Any, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a tokenizer makes one token of both: only `train: false` lets such a row be used."""
+    stock = Renderer._start_of_answer  # pyright: ignore[reportPrivateUsage]
+
+    def start_of_answer(self: Any, conversation: Any, plans: Any, i: int, *others: Any) -> Any:
+        return None if i == 3 else stock(self, conversation, plans, i, *others)
+
+    monkeypatch.setattr(Renderer, "_start_of_answer", start_of_answer)
+    row = turns(*SAID, trained=(True, False))
+    (answer,) = ask(side_of(nano_model, encoder), held_out([row], encoder))
+    assert (answer.loss, answer.num_tokens) == (0.0, 0)
+    changed = replace(row, conversation=turns(*SAID).conversation)
+    with pytest.raises(DataError, match="are one token"):
+        ask(side_of(nano_model, encoder), replace(held_out([row], encoder), rows=[changed]))
+
+
 def test_the_longest_are_asked_first_and_never_more_than_the_budget_holds() -> None:
     num_tokens = np.array([10, 90, 50, 50, 10, 10])
     settings = EvaluationSection(max_new_tokens=10, batch_size=3, batch_tokens=120)
@@ -164,6 +255,16 @@ def test_answers_of_a_killed_process_are_not_asked_for_again(
     other = replace(side_of(nano_model, encoder, nothing), key="another")
     ask(other, asked, tmp_path / "kept")
     assert len(nothing) == 7
+
+
+def test_answers_of_a_version_whose_loss_was_of_every_learnt_turn_are_not_mixed_in(
+    nano_model: Any, encoder: Encoder, rows: list[Row], tmp_path: Path
+) -> None:
+    kept = {"key": "a side:question", "text": "", "loss": 9.0, "num_tokens": 37, "views": []}
+    write_rows(tmp_path / "0.jsonl", [kept | {"row": number} for number in range(len(rows))])
+    asked: list[int] = []
+    ask(side_of(nano_model, encoder, asked), held_out(rows, encoder), tmp_path)
+    assert len(asked) == len(rows)
 
 
 def test_a_suffix_stands_at_the_end_of_the_last_question(encoder: Encoder, rows: list[Row]) -> None:
@@ -487,6 +588,16 @@ def test_the_base_is_judged_alone(made: RunDir) -> None:
         (evaluate.Asked(settings=["training.seed=1"]), RecipeError, "only settings of evaluation"),
         (evaluate.Asked(settings=["data.eval_seed=1"]), RecipeError, "trained ones among them"),
         (evaluate.Asked(settings=["data.eval_fraction=0.5"]), RecipeError, "give other rows with"),
+        (
+            evaluate.Asked(data=["x.csv"], settings=["data.eval=[{path: x.csv}]"]),
+            RecipeError,
+            r"^data\.eval and --data exclude each other",
+        ),
+        (
+            evaluate.Asked(suite="docvqa", settings=["data.eval.0.format=columns"]),
+            RecipeError,
+            r"^data\.eval\.0\.format and --suite exclude each other",
+        ),
         (evaluate.Asked(name="../x"), RecipeError, "the name of one folder"),
     ],
 )
@@ -497,6 +608,48 @@ def test_what_cannot_be_asked_is_refused(
         evaluate.evaluate(made.path, asked, console=QUIET)
     with pytest.raises(RunDirError, match="no such run"):
         evaluate.evaluate(made.path / "nowhere", console=QUIET)
+
+
+def write_table(folder: Path) -> Path:
+    """Of columns that only a setting can give their meaning."""
+    noise(56, 56).save(folder / "x.png")
+    file = folder / "table.csv"
+    file.write_text("picture,asked,answers\nx.png,What?,A1\n")
+    return file
+
+
+COLUMNS = "format: columns, columns: {image: picture, question: asked, answer: answers}"
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_rows_of_a_table_are_named_by_a_setting(made: RunDir, tmp_path: Path, drawn: bool) -> None:
+    """Also where the run's own held-out rows were drawn from those trained on."""
+    run, file = RunDir(shutil.copytree(made.path, tmp_path / "run")), write_table(tmp_path)
+    recipe = yaml.safe_load(run.recipe.read_text())
+    if drawn:
+        recipe["data"] |= {"eval": [], "eval_fraction": 0.5}
+        run.recipe.write_text(json.dumps(recipe))
+    setting = f"data.eval=[{{path: {file}, {COLUMNS}}}]"
+    asked = evaluate.Asked(settings=[setting], base_only=True, name="table")
+    done = evaluate.evaluate(run.path, asked, console=QUIET)
+    (row,) = read_jsonl(done.folder / "predictions.jsonl")
+    assert (row["question"], row["references"]) == ("What?", ["A1"])
+
+
+def test_a_table_whose_columns_data_cannot_name_is_told_with_the_command_that_can(
+    made: RunDir, tmp_path: Path
+) -> None:
+    file = write_table(tmp_path)
+    with pytest.raises(DataError) as told:
+        evaluate.evaluate(made.path, evaluate.Asked(data=[file]), console=QUIET)
+    assert "set format: columns, columns: {image: picture" in str(told.value)
+    assert str(told.value).endswith(
+        f"\n--data takes no such setting; give it with the rows: finetune eval {made.path} "
+        f"'data.eval=[{{path: {file}, ...}}]' --name table"
+    )
+    with pytest.raises(DataError) as told:
+        evaluate.evaluate(made.path, evaluate.Asked(data=["nowhere.jsonl"]), console=QUIET)
+    assert "data.eval=" not in str(told.value)
 
 
 def test_a_metric_whose_package_is_missing_is_refused_before_a_row_is_asked(

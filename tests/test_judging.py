@@ -124,6 +124,22 @@ def test_the_base_answers_without_the_adapter_and_the_adapter_with_it(
     assert judgement.num_rows == 4
 
 
+def test_every_figure_of_a_row_of_several_turns_is_of_its_last_answer(
+    sides: dict[str, Side], rows: list[Row], tmp_path: Path
+) -> None:
+    first, last = chat_row("Read it.", '{"code": 7}'), chat_row("What is the total?", "5")
+    several = parse_chat({"messages": first["messages"] + last["messages"]})
+    last["messages"][-1]["train"] = False
+    untrained = parse_chat({"messages": first["messages"] + last["messages"]})
+    asked = [replace(rows[0], conversation=each) for each in (several, untrained)]
+    run = RunDir(tmp_path / "run")
+    judged(sides, asked, EvaluationSection(max_new_tokens=4), run)
+    trained, shown = read_jsonl(run.predictions)
+    assert trained == shown
+    assert trained["references"] == ["5"]
+    assert trained["num_learnt_tokens"] == 3  # a space, 5, the end of the turn
+
+
 def test_figures_are_means_over_the_rows_judged(
     sides: dict[str, Side],
     rows: list[Row],
