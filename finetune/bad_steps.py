@@ -27,14 +27,6 @@ MAX_PAGES = 20
 _STATE = "bad_steps.json"
 
 
-class BadStepError(ModelError):
-    """A bad step ended the run: as it is, it would come to it again."""
-
-    def __init__(self, message: str, resume_with: tuple[str, ...] | None = None):
-        super().__init__(message)
-        self.resume_with = resume_with
-
-
 @dataclass(frozen=True)
 class BadStep:
     """One step, and the rows that made it so: those of the batches without a number, or of the
@@ -109,7 +101,7 @@ class BadSteps(TrainerCallback):
         """Whether the optimizer may take the step that was computed; all processes answer alike.
 
         `grad_norm` is None where it is not to be looked at: a scaler of float16 does. Raises
-        `BadStepError` where one stops the run.
+        `ModelError` where a bad step stops the run.
         """
         passes, self._passes = self._passes, []
         self.num_since_log += 1
@@ -128,14 +120,15 @@ class BadSteps(TrainerCallback):
         told = self._tell(found)
         if self.settings.bad_loss == "stop":
             go_on = "go on with --resume and training.bad_loss=skip, or " if self._can_skip else ""
-            raise BadStepError(
+            raise ModelError(
                 f"{told}; {go_on}{self._anew('these rows mended')}",
                 resume_with=("training.bad_loss=skip",) if self._can_skip else None,
             )
         if self.num_in_a_row >= MAX_IN_A_ROW:
-            raise BadStepError(
+            raise ModelError(
                 f"{told}; it is the {MAX_IN_A_ROW}th in a row: training has diverged; "
-                + self._anew()
+                + self._anew(),
+                resume_with=None,
             )
         self.tell(f"left out {told}")
         return False

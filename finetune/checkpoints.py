@@ -13,6 +13,7 @@ from finetune.rundir import write_json
 
 MANIFEST = "manifest.json"
 ASIDE = ".writing"
+WEIGHTS = (".safetensors", ".safetensors.index.json")
 _PREFIX = "checkpoint-"
 _CHUNK = 1 << 22
 
@@ -73,17 +74,22 @@ def move_newer_aside(checkpoints: Path, kept: Path | None) -> None:
 def _step(path: Path) -> int:
     """Of a checkpoint, by its name; -1 for what is none."""
     step = path.name.removeprefix(_PREFIX)
-    return int(step) if step.isdigit() else -1
+    return int(step) if step.isdecimal() else -1
 
 
-def fault_of(checkpoint: Path) -> str | None:
-    """What of a checkpoint is not as it was written; None for nothing.
+def fault_of(checkpoint: Path, *, only: tuple[str, ...] = ("",)) -> str | None:
+    """What of a checkpoint is not as it was written, or of its files with `only` these endings;
+    None for nothing.
 
     Raises `RunDirError` where it cannot be read, which need not be so the next time.
     """
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_bytes())
+        if not manifest:
+            return f"{MANIFEST} lists no files"
         for name, wanted in manifest.items():
+            if not name.endswith(only):
+                continue
             file = checkpoint / name
             if (size := file.stat().st_size) != wanted["bytes"]:
                 return f"{name} has {size:,} bytes instead of {wanted['bytes']:,}"

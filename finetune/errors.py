@@ -13,8 +13,10 @@ class FinetuneError(Exception):
     to do.
     """
 
-    resume_with: tuple[str, ...] | None = ()
-    """Settings with which a run that it ended goes on by `--resume`; None where none helps."""
+    def __init__(self, *args: object, resume_with: tuple[str, ...] | None = ()):
+        super().__init__(*args)
+        self.resume_with = resume_with
+        """Settings with which a run that it ended goes on by `--resume`; None where none helps."""
 
 
 class RecipeError(FinetuneError, ValueError):

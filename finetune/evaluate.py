@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -205,10 +206,11 @@ def _held_out(
     except DataError as error:
         if not asked.data or not _SET_WITH_THE_ROWS.search(str(error)):
             raise
-        entries = ", ".join(f"{{path: {path}, ...}}" for path in asked.data)
+        entries = ", ".join(f"{{path: {json.dumps(str(path))}, ...}}" for path in asked.data)
+        told = (run.path, f"data.eval=[{entries}]", "--name", asked.folder_name())
         raise DataError(
             f"{error}\n--data takes no such setting; give it with the rows: finetune eval "
-            f"{run.path} 'data.eval=[{entries}]' --name {asked.folder_name()}"
+            + shlex.join(map(str, told))
         ) from error
     assert held_out
     if recipe.data.eval_fraction and held_out.examination.digest() != known:

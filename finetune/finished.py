@@ -6,7 +6,7 @@ from pathlib import Path
 from xxhash import xxh3_128
 
 from finetune.checkpoints import last_whole
-from finetune.processes import is_first, lists_of_all
+from finetune.processes import as_the_first_finds
 from finetune.resuming import is_finished, owes_evaluation
 from finetune.rundir import RunDir, read_json, read_jsonl
 from finetune.training import Prepared
@@ -16,12 +16,14 @@ def nothing_is_left(prepared: Prepared) -> bool:
     """Whether nothing is left to do, as the first process finds it: all steps are taken, and the
     figures are those of the weights that are there.
     """
-    found = False
-    if is_first():
+
+    def look() -> bool:
         # a broken summary is made anew, and a broken checkpoint told of where the run goes on
         with suppress(OSError, ValueError):
-            found = _is_judged(prepared, RunDir(prepared.recipe.output.dir))
-    return lists_of_all([found] if is_first() else [])[0]
+            return _is_judged(prepared, RunDir(prepared.recipe.output.dir))
+        return False
+
+    return as_the_first_finds(look)
 
 
 def _is_judged(prepared: Prepared, run: RunDir) -> bool:

@@ -98,7 +98,7 @@ def _why_not_met(error: Exception, endpoint: str) -> str:
 def num_nodes() -> int:
     """Machines that work on the run. Raises `RecipeError` where they could not find each other."""
     text = os.environ.get("PET_NNODES") or "1"
-    if not text.isdigit() or not int(text):
+    if not text.isdecimal() or not int(text):
         raise RecipeError(
             f"PET_NNODES: {text!r}; expected a number of machines, which stays the same all "
             "through a run"

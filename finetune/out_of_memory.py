@@ -66,7 +66,8 @@ def out_of_memory_asking(rows: Sequence[tuple[str, int]], told: str) -> AskingOu
     else:
         what, helps = "a held-out row was", f"S{shorter}, and so do smaller images"
     return AskingOutOfMemoryError(
-        f"out of memory while {what} answered: {_first(listed)} ({told}). {helps}"
+        f"out of memory while {what} answered: {_first(listed)} ({told}). {helps}",
+        resume_with=(f"evaluation.batch_size={len(rows) // 2}",) if len(rows) > 1 else None,
     )
 
 

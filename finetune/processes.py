@@ -1,12 +1,14 @@
 """This process among those that work on one run together, as torchrun starts them."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+_Found = TypeVar("_Found")
 
 
 def process() -> tuple[int, int]:
@@ -109,6 +111,11 @@ def lists_of_all(mine: list[Any]) -> list[Any]:
     told: list[Any] = [None] * process()[1]
     torch.distributed.all_gather_object(told, mine)
     return [each for one in told for each in one]
+
+
+def as_the_first_finds(look: Callable[[], _Found]) -> _Found:
+    """What the first process finds, for all: on a shared disk another may find another."""
+    return lists_of_all([look()] if is_first() else [])[0]
 
 
 def _state() -> Any:

@@ -220,7 +220,7 @@ class End:
 def end_of(run: RunDir, notes: list[str]) -> End | None:
     """What `ended.json` tells; None where nothing is known of an end."""
     told = read_mapping(run.ended, notes)
-    if told is None:
+    if not told or not told.get("why"):
         return None
     settings = told.get("resume_with")
     return End(

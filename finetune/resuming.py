@@ -6,10 +6,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from finetune.checkpoints import fault_of
+from rich.console import Console
+
+from finetune.checkpoints import WEIGHTS, fault_of
 from finetune.errors import RunDirError
 from finetune.metrics import lower_is_better
-from finetune.processes import is_first, lists_of_all
+from finetune.processes import as_the_first_finds
 from finetune.recipe import EvaluationSection, Recipe, load_recipe
 from finetune.rundir import RunDir, read_json
 
@@ -199,30 +201,45 @@ def best_step(checkpoint: Path) -> int | None:
     return read_json(checkpoint / "trainer_state.json").get("best_global_step")
 
 
-def best_checkpoint(checkpoint: Path) -> Path | None:
-    """The best one of the run that a checkpoint belongs to, beside it, wherever the run has been
-    moved to; None where none was found best, or that is no longer there.
+def best_so_far(checkpoint: Path, console: Console) -> Path | None:
+    """The best checkpoint of the run that goes on from one, beside that, wherever the run has been
+    moved to; None where none was found best, or that is no longer there, which is told.
+
+    Raises `RunDirError` where its weights are not as they were written.
     """
-    best = checkpoint.with_name(f"checkpoint-{best_step(checkpoint)}")
-    return best if best.is_dir() else None
+    step = best_step(checkpoint)
+    if not step:
+        return None
+    best = checkpoint.with_name(f"checkpoint-{step}")
+    if best == checkpoint:  # which was verified
+        return best
+    if as_the_first_finds(best.is_dir):
+        refuse_damaged_weights(best)
+        return best
+    console.print(
+        f"warning: {best}, of the best evaluation so far, is not there: the last step's weights "
+        "are taken, unless a later evaluation is better",
+        style="yellow",
+        soft_wrap=True,
+    )
+    return None
 
 
-def refuse_damaged(best: Path) -> None:
-    """Raise `RunDirError` in all processes where the first finds that the best checkpoint, whose
-    weights are to be the run's, is not as it was written, or cannot be read.
+def refuse_damaged_weights(best: Path) -> None:
+    """Raise `RunDirError` where the weights of the best checkpoint, which are to be the run's, are
+    not as they were written, or cannot be read; in all processes as the first finds it.
     """
-    told = None
-    if is_first():
+
+    def told() -> str | None:
         try:
-            fault = fault_of(best)
-            told = fault and (
-                f"{best}: is damaged ({fault}), and holds the weights of the best evaluation "
-                "(evaluation.load_best); bring its files back, or remove the folder, then go on "
-                "with --resume: without it the last step's weights are taken, or those of a "
-                "better one"
-            )
+            fault = fault_of(best, only=WEIGHTS)
         except RunDirError as error:
-            told = str(error)
-    told = lists_of_all([told] if is_first() else [])[0]
-    if told:
-        raise RunDirError(told)
+            return str(error)
+        return fault and (
+            f"{best}: is damaged ({fault}), and holds the weights of the best evaluation "
+            "(evaluation.load_best); bring its files back, or remove the folder, then go on with "
+            "--resume: without it the last step's weights are taken, or those of a better one"
+        )
+
+    if fault := as_the_first_finds(told):
+        raise RunDirError(fault)

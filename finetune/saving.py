@@ -13,12 +13,13 @@ from transformers.trainer_utils import rotate_checkpoints
 from trl.trainer.sft_trainer import SFTTrainer
 
 from finetune.bad_steps import BadSteps
-from finetune.callbacks import LeftEvaluationError
+from finetune.callbacks import LeftEvaluationError, StopOnSignal
 from finetune.checkpoints import ASIDE, settle
 from finetune.errors import RunDirError
 from finetune.model.methods import load_checkpoint
 from finetune.model.sharding import whole_weights
-from finetune.resuming import refuse_damaged
+from finetune.processes import as_the_first_finds
+from finetune.resuming import refuse_damaged_weights
 from finetune.stream_progress import StreamProgress
 
 TORCH_SAVES = ("PytorchStreamWriter", "inline_container.cc")
@@ -143,7 +144,7 @@ class SavingTrainer(SFTTrainer):
             ) from error
         finally:
             self.args.output_dir, self.args.save_total_limit = str(run), limit
-        # what a bad step found may be the last that is good
+        # the checkpoint from before a bad step may be the last good one
         if is_first and not (self.bad_steps and self.bad_steps.num_in_a_row):
             rotate_checkpoints(str(run), limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
@@ -164,7 +165,7 @@ class SavingTrainer(SFTTrainer):
         """
         step = self.state.best_global_step
         best = run / f"checkpoint-{step}"
-        is_there = step and (step == self.state.global_step or best.is_dir())
+        is_there = step and (step == self.state.global_step or as_the_first_finds(best.is_dir))
         self.state.best_model_checkpoint = str(best) if is_there else None
 
     def settle(self) -> None:
@@ -179,10 +180,15 @@ class SavingTrainer(SFTTrainer):
         load_checkpoint(model or self.model, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        """Ours, as for a resumed run. Raises `RunDirError` where the checkpoint is damaged."""
+        """Ours, as for a resumed run; none where a signal ends the run, which has little time, and
+        is to go on. Raises `RunDirError` where the checkpoint is damaged.
+        """
+        callbacks = self.callback_handler.callbacks
+        if any(isinstance(each, StopOnSignal) and each.exit_code is not None for each in callbacks):
+            return
         assert self.state.best_model_checkpoint
         best = Path(self.state.best_model_checkpoint)
-        refuse_damaged(best)
+        refuse_damaged_weights(best)
         load_checkpoint(self.model, best)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

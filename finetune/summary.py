@@ -11,19 +11,28 @@ from finetune.training import Prepared
 
 
 def figures_of(
-    prepared: Prepared, judgement: Judgement, streamed: Mapping[str, int]
+    prepared: Prepared,
+    judgement: Judgement,
+    *,
+    streamed: Mapping[str, int],
+    trainable: int,
+    total: int,
+    best_step: int | None,
 ) -> dict[str, Any]:
     """What was learnt in which time and memory, the figures of base and adapter, and how many rows
-    that is of; `streamed` is what became of streamed rows.
+    that is of; `streamed` is what became of streamed rows, `trainable` and `total` are parameters.
     """
     run = RunDir(prepared.recipe.output.dir)
     return (
         _training_figures(run)
         | judgement.figures()
         | _rows_by_source(prepared, judgement, streamed)
+        | ({"best_step": best_step} if best_step else {})
         | {
             "num_skipped_rows": prepared.num_left_out() + streamed.get("left out", 0),
             "peak_memory_gib": round(peak_memory_gib(), 3),
+            "trainable_parameters": trainable,
+            "total_parameters": total,
             "device": environment()["device"],
             "weights_xxh3_128": digest_of_weights(run.adapter),
         }

@@ -11,7 +11,7 @@ from finetune.callbacks import StopOnSignal
 from finetune.checkpoints import last_whole, move_newer_aside
 from finetune.data.sampling import was_worst_first
 from finetune.data_summary import data_summary
-from finetune.endings import told_in_the_report, write_end
+from finetune.endings import Ending
 from finetune.engines import use_engine
 from finetune.environment import environment
 from finetune.errors import RecipeError, RunDirError
@@ -48,12 +48,11 @@ from finetune.requirements import refuse_what_cannot_run
 from finetune.resuming import (
     Share,
     and_now,
-    best_checkpoint,
+    best_so_far,
     best_step,
     is_finished,
     other_processes,
     refuse_another_run,
-    refuse_damaged,
     refuse_other_processes,
     shares_of,
 )
@@ -143,19 +142,19 @@ def train(
             if nothing_is_left(prepared):
                 console.print(f"{run.path} is finished; its report: {run.report}", soft_wrap=True)
                 if is_first():
+                    run.ended.unlink(missing_ok=True)
                     write_report(run)
                     print_summary(run, recipe, results)
                 return 0
-        with told_in_the_report(run, stop, console):
-            done = _train_and_save(prepared, resume, overwrite, lock, stop, console)
+        with Ending(run, stop, console) as ending:
+            done = _train_and_save(prepared, resume, overwrite, lock, stop, ending, console)
             if stop.exit_code is not None:
                 console.print(
                     f"stopped at step {done.stopped_at}; go on with: finetune train {source} "
                     "--resume" + (f" --processes {processes_here()}" if process()[1] > 1 else ""),
                     soft_wrap=True,
                 )
-                if is_first():
-                    write_end(run, stop.signal_name)
+                ending.write()
                 wait_for_all()  # or the launcher ends the first when another has ended
                 return stop.exit_code
             _judge_and_report(prepared, done, console, results)
@@ -202,6 +201,7 @@ def _train_and_save(
     overwrite: bool,
     lock: RunLock,
     stop: StopOnSignal,
+    ending: Ending,
     console: Console,
 ) -> Trained:
     """Load the model, make the run directory, train and save.
@@ -230,6 +230,7 @@ def _train_and_save(
             lock=lock,
         )
         _begin(prepared, run, resume)
+        ending.begin()
         if is_pissa and not go_on_from:
             pissa.save_start(model, pissa_file)
     wait_for_all()
@@ -254,7 +255,7 @@ def _train_and_save(
 
 
 def _begin(prepared: Prepared, run: RunDir, resume: bool) -> None:
-    """Write what is known before the first step, and forget how the run ended before."""
+    """Write what is known before the first step."""
     share = Share.of(prepared.recipe, process()[1])
     shares = and_now(shares_of(run) if resume else [], share)
     begun_with = {
@@ -267,7 +268,6 @@ def _begin(prepared: Prepared, run: RunDir, resume: bool) -> None:
     write_json(run.environment, environment() | begun_with)
     # after the environment: with both a run has begun
     write_text(run.recipe, dump_recipe(prepared.recipe))
-    run.ended.unlink(missing_ok=True)
     write_json(run.data, data_summary({"train": prepared.train, "eval": prepared.held_out}))
     if not (resume and prepared.streams):  # a stream adds to the lists as it goes
         write_lists(run.path, prepared.examinations())
@@ -314,7 +314,7 @@ def _train(
 ) -> Trained:
     """Take the steps, or those that are left after a checkpoint."""
     evaluation = prepared.recipe.evaluation
-    best = _best_so_far(checkpoint, console) if checkpoint and evaluation.load_best else None
+    best = best_so_far(checkpoint, console) if checkpoint and evaluation.load_best else None
     owes = bool(checkpoint and still_owes_evaluation(prepared, checkpoint))
     if checkpoint and is_finished(checkpoint, evaluation) and not owes:
         # Trained to the end and killed afterwards: the trainer would take one step too many
@@ -341,21 +341,6 @@ def _train(
     )
 
 
-def _best_so_far(checkpoint: Path, console: Console) -> Path | None:
-    """The best checkpoint of a run that goes on. Raises `RunDirError` where it is damaged."""
-    best, step = best_checkpoint(checkpoint), best_step(checkpoint)
-    if best:
-        refuse_damaged(best)
-    elif step:
-        console.print(
-            f"warning: checkpoint-{step}, of the best evaluation so far, is not there: the last "
-            "step's weights are taken, unless a later evaluation is better",
-            style="yellow",
-            soft_wrap=True,
-        )
-    return best
-
-
 def _judge_and_report(
     prepared: Prepared, done: Trained, console: Console, results: Console
 ) -> None:
@@ -377,11 +362,15 @@ def _judge_and_report(
         )
     if not is_first():
         return
-    found = figures_of(prepared, judgement, streamed) | {
-        "trainable_parameters": done.trainable,
-        "total_parameters": done.total,
-    }
-    write_json(run.summary, found | ({"best_step": done.best_step} if done.best_step else {}))
+    figures = figures_of(
+        prepared,
+        judgement,
+        streamed=streamed,
+        trainable=done.trainable,
+        total=done.total,
+        best_step=done.best_step,
+    )
+    write_json(run.summary, figures)
     write_report(run)
     print_summary(run, recipe, results)
 

@@ -17,7 +17,7 @@ from trl.trainer.sft_config import SFTConfig
 from finetune.bad_steps import BadSteps
 from finetune.data.collate import IGNORED_LABEL, BatchRow, Collator
 from finetune.data.examination import Finding
-from finetune.data.loaders import loading_context
+from finetune.data.loaders import loading
 from finetune.data.packed_views import PackedViews
 from finetune.data.sampling import EpochBatches
 from finetune.data.sequences import Layout
@@ -223,26 +223,26 @@ class VisionSFTTrainer(SavingTrainer):
         )
         return self.accelerator.prepare(loader)
 
-    def _loading(self) -> dict[str, Any]:
+    def _loading(self, seed: Callable[[int], None] | None = None) -> dict[str, Any]:
         """How all loaders load."""
         args = self.args
         return {
             "num_workers": args.dataloader_num_workers,
             "pin_memory": args.dataloader_pin_memory,
             "prefetch_factor": args.dataloader_prefetch_factor,
-            "multiprocessing_context": loading_context(args.dataloader_num_workers),
+            **loading(args.dataloader_num_workers, seed),
         }
 
     def _loader_of_batches(self) -> DataLoader:
         args, dataset = self.args, self.train_dataset
+        seed = partial(
+            seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
+        )
         loader = DataLoader(
             dataset,  # type: ignore[arg-type]  # has all that is asked of one
             batch_sampler=self.batches,
             collate_fn=self.data_collator,
-            **self._loading(),
-            worker_init_fn=partial(
-                seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
-            ),
+            **self._loading(seed),
         )
         loader = self.accelerator.prepare(loader)
         tell_epoch_to_resumed(loader, self.batches)
@@ -392,7 +392,8 @@ class VisionSFTTrainer(SavingTrainer):
                 f"step {self.state.global_step + 1}: a batch without a picture, from which what "
                 "sees has its gradients in another order than from one with pictures; DeepSpeed "
                 "adds up those of all processes in the order that they come, and so of one weight "
-                "to another's: set training.distributed: fsdp, or adapter.parts: [language]"
+                "to another's: set training.distributed: fsdp, or adapter.parts: [language]",
+                resume_with=None,
             )
         found = super().compute_loss(model, inputs, *args, **kwargs)
         if self.args.world_size == 1 or not learns:

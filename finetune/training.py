@@ -163,19 +163,29 @@ def run_trainer(
     except StepsAreOverError:
         trainer.end_without_steps()
     except AskingOutOfMemoryError as error:
-        raise ModelError(f"evaluation of step {trainer.state.global_step}: {error}") from error
+        raise ModelError(
+            f"evaluation of step {trainer.state.global_step}: {error}",
+            resume_with=error.resume_with,
+        ) from error
     except OutOfMemoryError as error:
         if not model.training:  # as the trainer has it in an evaluation alone
             helps = "lower evaluation.batch_size, with which the run may go on (--resume)"
-            if prepared.recipe.evaluation.batch_size == 1:
+            batch_size = prepared.recipe.evaluation.batch_size
+            resume_with = (f"evaluation.batch_size={batch_size // 2}",)
+            if batch_size == 1:
                 helps = "make its images smaller, or leave it out of data.eval, and start again"
-            raise ModelError(f"{error}. This is held out: {helps}") from error
-        raise ModelError(f"{error}. {what_helps(prepared.recipe, console)}") from error
+                resume_with = None
+            raise ModelError(
+                f"{error}. This is held out: {helps}", resume_with=resume_with
+            ) from error
+        helps, resume_with = what_helps(prepared.recipe, console)
+        raise ModelError(f"{error}. {helps}", resume_with=resume_with) from error
     except torch.OutOfMemoryError as error:
         step, told = trainer.state.global_step + 1, str(error).partition("\n")[0]
         raise ModelError(
             f"step {step}: out of memory beside the batches, most often in the optimizer ({told}). "
-            f"{what_helps(prepared.recipe, console)}"
+            f"{what_helps(prepared.recipe, console)[0]}",
+            resume_with=None,
         ) from error
     except (RuntimeError, EOFError, ConnectionError) as error:
         # the last two where it was killed as it handed over a batch, and torch finds it alive still
@@ -213,20 +223,23 @@ def _page_of(prepared: Prepared, rows: Rows) -> Callable[[Sequence[BatchRow], Pa
     return write
 
 
-def what_helps(recipe: Recipe, console: Console) -> str:
-    """The settings that would take less memory, as `finetune plan` finds them for this card."""
+def what_helps(recipe: Recipe, console: Console) -> tuple[str, tuple[str, ...] | None]:
+    """The settings that would take less memory, as `finetune plan` finds them for this card, and
+    those with which the run may go on.
+    """
     may_split = (
         recipe.training.on_oom == "stop"
         and process()[1] == 1
         and not any(source.streaming for source in recipe.data.train)
     )
     split = " Or go on with --resume and training.on_oom: split" if may_split else ""
+    resume_with = ("training.on_oom=split",) if may_split else None
     general = (
         "Lower training.batch_size or its budgets (and raise gradient_accumulation as much), set "
         "gradient_checkpointing: true, or make images smaller, and start again."
     )
     if not torch.cuda.is_available():
-        return general + split
+        return general + split, resume_with
     size = torch.cuda.mem_get_info()[1]
     console.print("out of memory: planning what would fit", soft_wrap=True)
     ways = []
@@ -234,9 +247,9 @@ def what_helps(recipe: Recipe, console: Console) -> str:
         found = ways_to_fit(Planner.of_recipe(recipe, Console(quiet=True)), size)
         ways = [way for way in found if way.fits]
     if not ways:
-        return general + split
+        return general + split, resume_with
     told = "; ".join(f"{way.in_words()} ({way.peak_bytes / 2**30:.1f} GiB)" for way in ways[:4])
-    return f"By finetune plan, start again with one of these: {told}.{split}"
+    return f"By finetune plan, start again with one of these: {told}.{split}", resume_with
 
 
 def answer_figures(

@@ -70,7 +70,8 @@ def test_all_of_a_checkpoint_is_on_the_disk_before_it_has_its_name(
         (lambda place: (place / MANIFEST).unlink(), "manifest.json is missing"),
         (lambda place: (place / MANIFEST).write_text("{"), "is not JSON"),
         (lambda place: (place / MANIFEST).write_bytes(b"\xff{}"), "is not JSON"),
-        (lambda place: (place / MANIFEST).write_text("[]"), "is no list of files"),
+        (lambda place: (place / MANIFEST).write_text("[3]"), "is no list of files"),
+        (lambda place: (place / MANIFEST).write_text("{}"), "lists no files"),
         (lambda place: (place / MANIFEST).write_text('{"weights": 1}'), "is no list of files"),
     ],
 )

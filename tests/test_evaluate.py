@@ -645,7 +645,7 @@ def test_a_table_whose_columns_data_cannot_name_is_told_with_the_command_that_ca
     assert "set format: columns, columns: {image: picture" in str(told.value)
     assert str(told.value).endswith(
         f"\n--data takes no such setting; give it with the rows: finetune eval {made.path} "
-        f"'data.eval=[{{path: {file}, ...}}]' --name table"
+        f"'data.eval=[{{path: \"{file}\", ...}}]' --name table"
     )
     with pytest.raises(DataError) as told:
         evaluate.evaluate(made.path, evaluate.Asked(data=["nowhere.jsonl"]), console=QUIET)

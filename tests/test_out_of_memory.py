@@ -192,6 +192,8 @@ def test_a_held_out_loss_that_does_not_fit_is_told_with_what_helps(
     with pytest.raises(ModelError, match=batch) as error:
         train(load_recipe(recipe))
     assert f"This is held out: {told}" in str(error.value)
+    half = (f"evaluation.batch_size={batch_size // 2}",)
+    assert error.value.resume_with == (half if batch_size > 1 else None)
     assert "training." not in str(error.value)
 
 
@@ -266,6 +268,7 @@ def test_on_a_card_it_is_told_what_plan_would_change(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, size))
     with monkeypatch.context() as card:
         card.setattr(torch.cuda, "is_available", lambda: True)
-        words = what_helps(recipe, Console(quiet=True))
+        words, resume_with = what_helps(recipe, Console(quiet=True))
+    assert resume_with == ("training.on_oom=split",)
     assert words.startswith("By finetune plan, start again with one of these: ")
     assert "training.batch_size" in words

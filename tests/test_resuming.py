@@ -107,11 +107,33 @@ def test_damaged_best_weights_do_not_become_the_run_s(early: tuple[str, RunDir])
     told = io.StringIO()
     console = Console(file=told, width=400)
     assert train(load_recipe(recipe), resume=True, console=console, results=console) == 0
-    assert "warning: checkpoint-2, of the best evaluation so far, is not there" in told.getvalue()
+    assert "checkpoint-2, of the best evaluation so far, is not there" in told.getvalue()
     assert "best_step" not in read_json(run.summary)
     run.summary.unlink()  # killed before it was written
     assert train(load_recipe(recipe), resume=True, **QUIET) == 0
     assert "best_step" not in read_json(run.summary)
+
+
+def test_what_else_a_best_checkpoint_holds_is_not_asked_for(early: tuple[str, RunDir]) -> None:
+    recipe, run = early
+    (run.checkpoints / "checkpoint-2" / "optimizer.pt").unlink()
+    assert train(load_recipe(recipe), resume=True, **QUIET) == 0
+    assert read_json(run.summary)["best_step"] == 2
+
+
+def test_a_signal_leaves_no_time_for_the_best_weights(
+    early: tuple[str, RunDir], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, run = early
+
+    def damage_first(self: Any, *args: Any, **kwargs: Any) -> Any:
+        damage(run.checkpoints / "checkpoint-2")
+        return finalize(self, *args, **kwargs)
+
+    finalize = SavingTrainer._finalize_training
+    monkeypatch.setattr(SavingTrainer, "_finalize_training", damage_first)
+    tell_at("step", 6, monkeypatch)
+    assert train(load_recipe(recipe), resume=True, **QUIET) == 75
 
 
 def test_best_weights_damaged_while_it_trained_do_not_become_the_run_s(

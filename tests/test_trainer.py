@@ -1,16 +1,19 @@
 """The trainer itself, against the stock forward."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
+from torch.utils.data import IterableDataset
+from trl.trainer.sft_trainer import SFTTrainer
 
 from finetune.arguments import training_arguments
 from finetune.data.collate import Collator, collate
+from finetune.data.loaders import LoadingContext, loading
 from finetune.model.adapters import add_adapter
 from finetune.model.load import load_model
 from finetune.recipe import load_recipe
@@ -69,6 +72,30 @@ def test_rows_are_drawn_by_the_weights_of_their_sources(
     drawn = Counter(row for batch in trainer.get_train_dataloader() for row in batch)
     assert sum(drawn[row] for row in range(12)) == 6
     assert [drawn[row] for row in range(12, 18)] == [3] * 6
+
+
+class Stream(IterableDataset[Any]):
+    encoder = None
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+
+def test_all_loaders_leave_signals_alone_and_held_out_rows_come_as_from_the_stock_one(
+    trainer: Callable[..., VisionSFTTrainer],
+) -> None:
+    made = trainer(num_workers=2)
+    made.data_collator = lambda features: [feature["row"] for feature in features]  # type: ignore[assignment]
+    ours, stock = made.get_eval_dataloader(), SFTTrainer.get_eval_dataloader(made)
+    assert list(ours) == list(stock)
+    loaders: list[Any] = [ours, made.get_train_dataloader()]
+    streamed: Any = Stream()
+    made.stream = streamed
+    loaders.append(made.get_train_dataloader())
+    for loader in loaders:
+        assert isinstance(loader.multiprocessing_context, LoadingContext)
+        assert loader.worker_init_fn.func is loading(2)["worker_init_fn"].func
+    assert not isinstance(stock.multiprocessing_context, LoadingContext)
 
 
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(12, 1), (4, 3), (5, 3)])

@@ -11,7 +11,6 @@ import torch
 
 from finetune.data.augment import Augmentation, Draws
 from finetune.data.examples import Encoder, Example
-from finetune.data.loaders import leave_signals_to_the_main_process
 from finetune.data.patience import DriveError
 from finetune.data.sampling import EpochSampler
 from finetune.data.sequences import Layout, Layouting, PackedRows, lay_out
@@ -156,7 +155,6 @@ class Collator:
         """A batch of the rows whose numbers are given as `row`; nothing is learnt from one that is
         there `again`. Raises `DataError`, or `DriveError`, naming the row.
         """
-        leave_signals_to_the_main_process()
         encoder, examples = self.encoder, []
         pictures = encoder.new_pictures()
         for feature in features:

@@ -332,7 +332,7 @@ def name_of(source: str | bytes) -> str:
         return BYTES
     if source[:5].lower() == "data:":
         return DATA_URI
-    return BASE64 if _is_base64_of_an_image(source) else _without_secrets(source)
+    return BASE64 if _is_base64_of_an_image(source) else without_secrets(source)
 
 
 def quoted_name(source: str | bytes) -> str:
@@ -343,7 +343,7 @@ def quoted_name(source: str | bytes) -> str:
     return repr(name) if len(name) <= 120 else f"{name[:80]!r}..."
 
 
-def _without_secrets(source: str) -> str:
+def without_secrets(source: str) -> str:
     """A URL without name and password, and without its query, where signed ones have theirs."""
     scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", source)
     if scheme is None:

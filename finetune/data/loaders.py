@@ -4,9 +4,10 @@ every process: the main one stops in good order, and needs its loaders until the
 
 import signal
 import sys
-from multiprocessing.context import BaseContext, ForkContext, ForkProcess
-
-from torch.utils.data import get_worker_info
+from collections.abc import Callable
+from functools import partial
+from multiprocessing.context import ForkContext, ForkProcess
+from typing import Any
 
 GRACE_SECONDS = 60
 """That a loading process goes on for after SIGTERM, by which torch ends one that does not end by
@@ -16,8 +17,8 @@ LEFT_TO_THE_MAIN_PROCESS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
 
 
 class LoadingProcess(ForkProcess):
-    """Starts with the signals held back, as torch's own handlers would end it, until
-    `leave_signals_to_the_main_process`.
+    """Begins with the signals held back, as torch's own handlers would end it, until
+    they are left to the main process.
     """
 
     def start(self) -> None:
@@ -35,15 +36,26 @@ class LoadingContext(ForkContext):
     Process = LoadingProcess
 
 
-def loading_context(num_workers: int) -> BaseContext | None:
-    """None, which is torch's own, without loading processes and where these are not forked."""
-    return LoadingContext() if num_workers and sys.platform == "linux" else None
+def loading(num_workers: int, seed: Callable[[int], None] | None = None) -> dict[str, Any]:
+    """What a `DataLoader` is given beside `num_workers` for its processes to leave signals alone;
+    `seed` is called in each with its number.
+
+    On Linux they are forked, as is the default there up to Python 3.13: rows and encoder need not
+    be sent to them. Elsewhere, where forking is not safe, they begin as torch has them.
+    """
+    if not num_workers:
+        return {}
+    return {
+        "multiprocessing_context": LoadingContext() if sys.platform == "linux" else None,
+        "worker_init_fn": partial(_begin, seed=seed),
+    }
 
 
-def leave_signals_to_the_main_process() -> None:
-    """In a loading process, before it does anything that may take long; nothing elsewhere."""
-    if get_worker_info() is not None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SECONDS))
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, LEFT_TO_THE_MAIN_PROCESS)
+def _begin(worker: int, *, seed: Callable[[int], None] | None) -> None:
+    """In a loading process, when torch has set its handlers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SECONDS))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, LEFT_TO_THE_MAIN_PROCESS)
+    if seed:
+        seed(worker)

@@ -18,7 +18,6 @@ from finetune.data.collate import BatchRow, collate
 from finetune.data.containers import Place, Reading
 from finetune.data.examination import Finding
 from finetune.data.examples import Encoder, Example, OverlongError
-from finetune.data.loaders import leave_signals_to_the_main_process
 from finetune.data.patience import DriveError
 from finetune.data.sources import StreamSource
 from finetune.errors import DataError
@@ -99,7 +98,6 @@ class ExampleStream(IterableDataset[StreamedExample]):
         self.turn = 0
 
     def __iter__(self) -> Iterator[StreamedExample]:
-        leave_signals_to_the_main_process()
         worker = get_worker_info()
         per_rank, number = (worker.num_workers, worker.id) if worker else (1, 0)
         number = (self.turn + number) % per_rank  # a loader begins with its first process
