@@ -17,8 +17,8 @@ LEFT_TO_THE_MAIN_PROCESS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
 
 
 class LoadingProcess(ForkProcess):
-    """Begins with the signals held back, as torch's own handlers would end it, until
-    they are left to the main process.
+    """Begins with the signals held back, as torch's own handlers would end it, until they are left
+    to the main process.
     """
 
     def start(self) -> None:
