@@ -1,11 +1,9 @@
-import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from data_formats.chat import parse_chat
 from finetune.data.collate import IGNORED_LABEL, Collator, collate
@@ -143,20 +141,3 @@ def test_a_picture_of_several_rows_is_decoded_once(
     monkeypatch.setattr("finetune.data.pictures.decode_image", noting)
     Collator(encoder, [rows[0], rows[3], rows[0]])([{"row": 0}, {"row": 1}, {"row": 2}])
     assert len(decoded) == 2
-
-
-def test_a_loading_process_leaves_ctrl_c_to_the_main_one(encoder: Encoder, rows: list[Row]) -> None:
-    collator = Collator(encoder, rows)
-
-    def is_ignored_after(features: list[dict[str, int]]) -> bool:
-        collator(features)
-        return signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-
-    # a shell starts what runs in the background with the signal ignored
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        assert not is_ignored_after([{"row": 1}])
-        loader = DataLoader([{"row": 1}], num_workers=1, collate_fn=is_ignored_after)  # type: ignore[arg-type]
-        assert list(loader) == [True]
-    finally:
-        signal.signal(signal.SIGINT, before)
